@@ -167,14 +167,18 @@ class DDPM:
   # *** Sections 3.3 and 3.4: what is minimized and what is measured ***
 
   def loss_simple(self, model, x0, t, eps):
-    """L_simple, Eq. 14: mean squared error of the model, a scalar, at one time for each example and one noise eps.
+    """L_simple, Eq. 14: mean squared error of the model, a scalar, at one time for each example and one noise eps."""
+    return self.loss_terms(model, x0, t, eps).mean()
+
+  def loss_terms(self, model, x0, t, eps):
+    """Eq. 14 before its expectation: the mean squared error of each example (B,).
 
     What the model is compared with: ε (the paper), x_0 (predict="x0") or μ̃ (predict="mu", Eq. 8 without its weight).
     """
     t, x_t = self._time(x0, t), self.q_sample(x0, t, eps)
     target = eps if self.predict == "eps" else x0 if self.predict == "x0" else self.q_posterior(x0, x_t, t)[0]
     same_shape(x0=x0, out=(out := model(x_t, t)))
-    return (target - out).square().mean()                   # ‖ε − ε_θ(√ᾱₜ x₀ + √(1−ᾱₜ) ε, t)‖²
+    return (target - out).square().mean(tuple(range(1, x0.ndim)))  # ‖ε − ε_θ(√ᾱₜ x₀ + √(1−ᾱₜ) ε, t)‖²
 
   def vlb_term(self, model, x0, t, eps, clip=True):
     """The bound's term of time t, Eq. 5: L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ), or L_0 (Eq. 13) at t = 1.
@@ -196,7 +200,7 @@ def kl_normal(mean_q, var_q, mean_p, var_p):
   r = var_q / var_p
   d = r - 1
   series = d * d * (1/2 - d * (1/3 - d/4))                # r − 1 − log r near r = 1, where float32 keeps nothing of it
-  gap = (d.abs() < 0.03).where(series, d - r.log())
+  gap = (d.abs() < 0.05).where(series, d - r.log())
   return (gap + (mean_q - mean_p).square() / var_p) / 2   # ½ (r − 1 − log r + (μ_q − μ_p)²/σₚ²),  r = σ_q²/σₚ²
 
 def log_cdf(z):

@@ -1,6 +1,6 @@
 """The network of DDPM, Appendix B: a U-Net that sees the noisy image x_t and the time t and returns an image."""
 from __future__ import annotations
-import functools, json, math, os, pathlib, re, shutil, urllib.error
+import functools, itertools, json, math, os, pathlib, re, shutil, urllib.error
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, function, helpers, nn
 from tinygrad.helpers import TRAINING
@@ -8,17 +8,20 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 # ***** 1. what is written for speed: convolution, sums, normalisation and softmax, with their gradients *****
 
+def clang() -> str|None:
+  """The C compiler for tinygrad's CPU device: $CC, else the newest clang, which Debian and Ubuntu install as clang-19 and the like."""
+  names = [os.environ["CC"]] if "CC" in os.environ else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
+  return next((c for n in names if (c := shutil.which(n))), None)
+
 def device() -> str:
   """The device in use. RuntimeError, in one sentence, when tinygrad finds none or $DEV names one that is not there."""
-  if not shutil.which(os.environ.get("CC", "clang")):  # Debian and Ubuntu also install clang under a name with a version
-    found = [c for v in range(30, 13, -1) if (c := shutil.which(f"clang-{v}"))]
-    if found: os.environ["CC"] = found[0]
+  if clang(): os.environ["CC"] = clang()
   try: return Device[Device.DEFAULT].device
   except Exception as e:
-    if os.environ.get("DEV", "CPU").upper().startswith("CPU") and not shutil.which(os.environ.get("CC", "clang")):
+    if os.environ.get("DEV", "CPU").upper().startswith("CPU") and not clang():
       raise RuntimeError("no GPU was found and the CPU device needs clang: install it (Debian, Ubuntu: apt-get install clang; "
                          "macOS: xcode-select --install) or set CC to where it is") from e
-    raise RuntimeError(f"tinygrad cannot open the device DEV={os.environ.get('DEV', '')!s} ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__})") from e
+    raise RuntimeError(f"tinygrad cannot open the device DEV={os.environ.get('DEV', '')} ({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
 
 @functools.cache
 def tiled(device:str) -> bool:
@@ -50,15 +53,21 @@ def summed(sizes:tuple[int, ...], axis:int, value, op:Ops=Ops.ADD) -> UOp:
   v = value(*(UOp.const(0, dtypes.weakint) if r is None else r for r in ranges))
   return v.reduce(*loops, arg=op) if (loops := [r for r in ranges if r is not None]) else v
 
+def register_tile(macs:int) -> tuple[int, int]:
+  """How many channels and how many pixels a kernel keeps in registers: 16 x 8 runs at near the processor's peak, but takes 0.4 s to
+  compile, which only a kernel with much to do is worth."""
+  return 16 if macs > 2**16 else 1, 8 if macs > 2**24 else 1
+
 def sink(out:UOp, value:UOp, ranges:list[list[UOp]], name:str, hand:bool) -> UOp:
   return out.store(value).end(*(r for rs in ranges for r in rs)).sink(arg=KernelInfo(name, opts_to_apply=() if hand else None))
 
 def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, hand:bool) -> UOp:
   """y[b,h,v,o] = Σ add[b,h,v,o] + Σ_ijc x[b, s·h+i, s·v+j, c] w[b,i,j,c,o]: channels last, x padded already."""
   (B, H, W, O), (n, k, _, C, _) = y.shape, w.shape
-  th = divisor(H, 8//(tw := divisor(W, 8)))
-  (b, rb), (h, rh), (v, rv), (o, ro) = [tile(n, t if hand else 1, i) for i, (n, t) in
-    enumerate(((B, divisor(B, 8//(tw*th))), (H, th), (W, tw), (O, divisor(O, 16))))]
+  lanes, pixels = register_tile(B*H*W*O*k*k*C) if hand else (1, 1)
+  th = divisor(H, pixels//(tw := divisor(W, pixels)))
+  (b, rb), (h, rh), (v, rv), (o, ro) = [tile(n, t, i) for i, (n, t) in
+    enumerate(((B, divisor(B, pixels//(tw*th))), (H, th), (W, tw), (O, divisor(O, lanes))))]
   acc = summed((k, k, C), 4, lambda i, j, c: x[b, h*stride+i, v*stride+j, c] * w[b if n > 1 else 0, i, j, c, o])
   for a in adds: acc = acc + a[tuple(idx if n > 1 else 0 for idx, n in zip((b, h, v, o), a.shape))]
   return sink(y[b, h, v, o], acc, [rb, rh, rv, ro], f"conv{k}_{H}x{W}_{C}_{O}", hand)
@@ -66,9 +75,10 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, hand:bool) -> UOp:
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, hand:bool) -> UOp:
   """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o] over the images b of group n; g has a border of p to skip."""
   (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
-  to = divisor(O, 16)
-  (n, rn), (i, ri), (j, rj), (c, rc), (o, ro) = [tile(s, t if hand else 1, a) for a, (s, t) in
-    enumerate(((G, 1), (k, 1), (k, 1), (C, divisor(C, 8 if to > 4 else 32)), (O, to)))]
+  lanes, rows = register_tile(B*(H-2*p)*(W-2*p)*O*k*k*C) if hand else (1, 1)
+  to = divisor(O, lanes)
+  (n, rn), (i, ri), (j, rj), (c, rc), (o, ro) = [tile(s, t, a) for a, (s, t) in
+    enumerate(((G, 1), (k, 1), (k, 1), (C, divisor(C, rows if to > 4 else 4*rows)), (O, to)))]
   acc = summed((B//G, H-2*p, W-2*p), 5,
     lambda b, h, v: x[n*(B//G)+b, h*stride+i, v*stride+j, c] * g[n*(B//G)+b, h+p, v+p, o])
   return sink(dw[n, i, j, c, o], acc, [rn, ri, rj, rc, ro], f"weight{k}_{H}x{W}_{C}_{O}", hand)
@@ -133,7 +143,7 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0)
       gp, p = g, 0
     # dw: a sum for each of 8 groups of images, then over the groups: many short sums instead of one long one
     dw = launch(functools.partial(weight_kernel, stride=stride, p=p, hand=hand), (B if own else divisor(B, 8), *w.shape[1:]), xp, gp)
-    if not own: dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape)
+    if not own: dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0, keepdim=True)
     def da(a:Tensor) -> UOp:
       if a.shape[1] == H and a.shape[3] > 1: return g.uop
       per_image = column_sum(g.reshape(B, H*W, -1))
@@ -211,16 +221,25 @@ class GroupNorm:
     self.weight, self.bias, self.groups = Tensor(np.ones(c, np.float32)), Tensor(np.zeros(c, np.float32)), groups
   def __call__(self, x:Tensor, silu:bool=True) -> Tensor: return norm_function(self.groups, silu)(x, self.weight, self.bias)[0]
 
+def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
+  """x with each number zeroed with probability p and the others divided by 1-p. The mask is a hash of seed and position."""
+  h = Tensor.arange(x.numel(), dtype=dtypes.uint32) * 0x9E3779B1 ^ (seed.to(first_device(x)) * 0x85EBCA77)
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): h = (h ^ (h >> shift)) * factor
+  keep = (h >= int(p * 2**32)).reshape(x.shape)
+  return (keep if isinstance(x.device, str) else keep.contiguous().shard(x.device, 0)).where(x, 0) / (1-p)
+
 class ResBlock:
   """GroupNorm, SiLU, convolution; the time's projection added; GroupNorm, SiLU, dropout, convolution; x added."""
-  def __init__(self, rng, c:int, o:int, emb:int, groups:int, dropout:float):
+  def __init__(self, rng, c:int, o:int, emb:int, groups:int, dropout:float, index:int):
+    self.index = index
     self.norm1, self.conv1, self.temb = GroupNorm(c, groups), Conv(rng, c, o), Dense(rng, emb, o)
     self.norm2, self.conv2, self.dropout = GroupNorm(o, groups), Conv(rng, o, o, scale=1e-10), dropout
     if c != o: self.shortcut = Conv(rng, c, o, k=1)
-  def __call__(self, x:Tensor, emb:Tensor) -> Tensor:
+  def __call__(self, x:Tensor, emb:Tensor, seed:Tensor|None) -> Tensor:
     x = x.contiguous_backward()
     h = self.conv1(self.norm1(x), self.temb(emb).reshape(x.shape[0], 1, 1, -1))
-    h = self.norm2(h).dropout(self.dropout)
+    h = self.norm2(h)
+    if seed is not None and self.dropout: h = dropout(h, self.dropout, seed + self.index)
     return self.conv2(h, self.shortcut(x) if hasattr(self, "shortcut") else x)
 
 class Attention:
@@ -244,9 +263,18 @@ class UNet:
   def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2), num_res_blocks:int=2,
                attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32, norm_groups:int=32,
                num_classes:int=0, seed:int=0):
-    self.config = {k: v for k, v in locals().items() if k != "self"}
+    """Raises ValueError, in one sentence, for sizes that do not fit each other."""
+    self.config, halvings = {k: v for k, v in locals().items() if k != "self"}, len(channel_mult)-1
+    if min(in_channels, channels, num_res_blocks, image_size, norm_groups, *channel_mult) < 1 or num_classes < 0 or not channel_mult:
+      raise ValueError("every size of the network must be 1 or more")
+    if image_size % 2**halvings: raise ValueError(f"images of {image_size}x{image_size} do not divide by 2 for each of {halvings} levels: "
+      f"crop or pad them to a multiple of {2**halvings}, or take fewer levels (channel_mult)")
+    if channels % norm_groups: raise ValueError(f"{channels} channels do not divide into {norm_groups} groups (norm_groups)")
+    if channels % 2 or channels < 4: raise ValueError(f"channels must be even and at least 4, not {channels}: half of the embedding are sines")
+    if not 0 <= dropout < 1: raise ValueError(f"dropout must be from 0 up to below 1, not {dropout}")
     rng, emb = np.random.default_rng(seed), 4*channels
-    block = lambda c, o: ResBlock(rng, c, o, emb, norm_groups, dropout)
+    count = itertools.count()
+    block = lambda c, o: ResBlock(rng, c, o, emb, norm_groups, dropout, next(count))
     attend = lambda c, size: [Attention(rng, c, norm_groups)] if size in attn_resolutions else []
     self.time1, self.time2 = Dense(rng, channels, emb), Dense(rng, emb, emb)
     if num_classes: self.label = fan_average(rng, num_classes+1, emb)
@@ -279,9 +307,10 @@ class UNet:
     if self.config["num_classes"]: emb = emb + y.one_hot(self.config["num_classes"]+1).float() @ self.label
     return emb.silu().contiguous()
 
-  def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None) -> Tensor:
+  def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
+    """Dropout is on when a `seed` for it is given, uint32 (1,): the same seed drops the same numbers on every device."""
     emb = self.embed(t, y)
-    apply = lambda layer, h: layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+    apply = lambda layer, h: layer(h, emb, seed) if isinstance(layer, ResBlock) else layer(h)
     h = self.conv_in(x.permute(0, 2, 3, 1))
     skips = [h]
     for layers in self.down:

@@ -1,0 +1,42 @@
+# make train [DATASET=mnist] [ARGS="--steps 20000"]    make sample [ARGS="--n 64"]    make evaluate    make test
+# The first of them sets everything up: a virtual environment, the pinned packages and, if tinygrad needs one, a compiler.
+DATASET ?= glyphs
+ARGS ?=
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python3.14; do \
+  $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PY = .venv/bin/python
+
+.PHONY: train sample evaluate bench test table2 setup clean
+train: setup
+	@$(PY) train.py --dataset $(DATASET) $(ARGS)
+sample: setup
+	@$(PY) sample.py $(ARGS)
+evaluate: setup
+	@$(PY) evaluate.py $(ARGS)
+bench: setup
+	@$(PY) bench.py $(ARGS)
+test: setup .venv/pytest
+	@$(PY) -m pytest -q --durations=10 test_ddpm.py $(ARGS)
+
+# Table 2 of the paper on a small budget: what is predicted, with which variance and loss (see README.md)
+table2: setup
+	@for row in "mu vlb beta" "mu vlb beta_tilde" "mu simple beta" "eps vlb beta" "eps vlb beta_tilde" "eps simple beta"; do set -- $$row; \
+	  $(PY) train.py --dataset $(DATASET) --predict $$1 --loss $$2 --sigma $$3 --out runs/table2/$(DATASET)-$$1-$$2-$$3 $(ARGS) && \
+	  $(PY) evaluate.py --checkpoint runs/table2/$(DATASET)-$$1-$$2-$$3/ema.safetensors --n 500 --json runs/table2/$(DATASET)-$$1-$$2-$$3/bound.json || exit 1; done
+	@for f in runs/table2/$(DATASET)-*/bound.json; do echo "$$(basename $$(dirname $$f)): $$($(PY) -c 'import json, sys; b = json.load(open(sys.argv[1])); print("%.3f +- %.3f bits/dim" % (b["bits_per_dim"], b["standard_error"]))' $$f)"; done
+
+setup: .venv/ready
+	@$(PY) -c 'import unet; unet.device()' 2>/dev/null || sh ./setup.sh $(PY)
+
+.venv/ready: requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: apt-get install python3 python3-venv; macOS: brew install python)" >&2; exit 1; }
+	@echo "setting up .venv with $$($(PYTHON) --version)" >&2
+	@$(PYTHON) -m venv .venv && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/pytest: requirements-test.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+clean:
+	rm -rf .venv __pycache__ .pytest_cache
