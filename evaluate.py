@@ -14,7 +14,7 @@ from tinygrad import Tensor, TinyJit
 from tinygrad.engine.jit import JitError
 from tinygrad.helpers import tqdm
 import data, unet
-from ddpm import DDPM, bits_per_dim, column
+from ddpm import DDPM, bits_per_dim
 
 # *** what all estimates share ***
 
@@ -213,7 +213,7 @@ def picture(x): return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2
 
 def captioned(images, captions):
   """A PIL image: a grid of the images (n, C, H, W), a caption under each."""
-  (_, c, h, w), tiles, font = images.shape, [], ImageFont.load_default(size=12)
+  (_, _, h, w), tiles, font = images.shape, [], ImageFont.load_default(size=12)
   scale = max(1, round(84 / w))
   for image, caption in zip(images, captions):
     tile = Image.new("RGB", (max(w * scale, 56), h * scale + 16), "white")
@@ -281,14 +281,6 @@ def ode_bpd(ddpm, model, x0, steps, seed=0, **options):
 
 # *** the program ***
 
-def newest(raw=False):
-  """The newest run's weights, or the ones that come with the program."""
-  runs = sorted(Path("runs").glob(f"*/{'last' if raw else 'ema'}.safetensors"), key=os.path.getmtime)
-  shipped = Path(__file__).parent / "checkpoints" / "mnist.safetensors"
-  if runs: return runs[-1]
-  if not shipped.exists(): raise ValueError("there is no checkpoint in runs/: train one, or name one by --checkpoint")
-  return shipped
-
 def whole(low, high):
   def parse(text):
     if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
@@ -333,7 +325,7 @@ def main(argv=None):
     if Path(path).is_dir(): raise OSError(f"cannot write {path}: it is a folder")
     try: Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(f"cannot write {path}: {e.strerror}") from e
-  path = a.checkpoint or newest(a.raw)
+  path = unet.find_checkpoint(a.checkpoint, a.raw)
   model, meta = unet.load(path, a.raw)
   try: ddpm = DDPM(**meta["ddpm"])
   except (KeyError, TypeError) as e: raise ValueError(f"{path} does not describe its diffusion: {e}") from e

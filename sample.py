@@ -309,19 +309,9 @@ def arguments(argv):
     if there.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK): p.error(f"cannot write {path}")
   return args
 
-def find_checkpoint(path, raw):
-  """The file to load: train.py keeps the moving average in ema.safetensors and all weights in last.safetensors."""
-  name = "last.safetensors" if raw else "ema.safetensors"
-  if path: return str(Path(path, name)) if Path(path, name).is_file() else path
-  runs = sorted(Path("runs").glob(f"*/{name}"), key=lambda f: f.stat().st_mtime)
-  shipped = Path(__file__).parent / "checkpoints" / "mnist.safetensors"
-  if runs: return str(runs[-1])
-  if shipped.is_file() and not raw: return str(shipped)
-  raise ValueError(f"there is no runs/*/{name} here yet: train a model first (make train) or name a --checkpoint")
-
 def main(argv=None):
   args = arguments(argv)
-  device, checkpoint = unet.device(), find_checkpoint(args.checkpoint, args.raw)
+  device, checkpoint = unet.device(), unet.find_checkpoint(args.checkpoint, args.raw)
   net, meta = unet.load(checkpoint, raw=args.raw)
   ddpm, config = DDPM(**meta.get("ddpm", {})), net.config
   shape, null = (config["in_channels"], config["image_size"], config["image_size"]), config["num_classes"]

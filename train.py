@@ -1,5 +1,5 @@
 """Algorithm 1: training. python train.py --dataset mnist   (see --help; run it again to go on where it stopped)"""
-import argparse, json, math, os, pathlib, signal, sys, time, zlib
+import argparse, json, math, pathlib, signal, sys, time, zlib
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes, nn
 import data, sample, unet

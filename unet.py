@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools, itertools, json, math, os, pathlib, re, shutil, urllib.error
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, function, helpers, nn
-from tinygrad.helpers import TRAINING
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 # ***** 1. what is written for speed: convolution, sums, normalisation and softmax, with their gradients *****
@@ -428,9 +427,19 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   try: config = (meta := json.loads(metadata["ddpm"]))["unet"]
   except (KeyError, ValueError, TypeError, RecursionError): raise ValueError(f"{path} carries no description of its network: it was not saved by this program") from None
   if not isinstance(config, dict): raise ValueError(f"{path} carries no description of its network")
+  if raw and not any(k.startswith("raw.") for k in tensors): raise ValueError(f"{path} holds only averaged weights: the raw ones are in last.safetensors")
   if any(k.startswith("ema.") for k in tensors):  # train.py's state: both sets of weights, and Adam's moments
     tensors = {k[4:]: v for k, v in tensors.items() if k.startswith("raw." if raw else "ema.")}
   return fill(build(config, path), tensors, path), meta
+
+def find_checkpoint(path:str|None, raw:bool=False) -> str:
+  """The file that a program's --checkpoint means: that of a run's folder; without one, that of the newest run, or the one shipped."""
+  name = "last.safetensors" if raw else "ema.safetensors"
+  if path: return str(run) if (run := pathlib.Path(path, name)).is_file() else str(path)
+  if runs := sorted(pathlib.Path("runs").glob(f"*/{name}"), key=lambda f: f.stat().st_mtime): return str(runs[-1])
+  shipped = pathlib.Path(__file__).parent/"checkpoints"/"mnist.safetensors"
+  if shipped.is_file() and not raw: return str(shipped)
+  raise ValueError(f"there is no runs/*/{name} here yet: train a model first (make train) or name a --checkpoint")
 
 # the layout of diffusers: other names, and (O,I,k,k) where we have (k,k,I,O)
 
