@@ -1,4 +1,6 @@
-"""The speed of one training step (Algorithm 1) and of one sampling step (Algorithm 2). python bench.py --preset mnist --batch 32"""
+"""The speed of one training step (Algorithm 1) and of one sampling step (Algorithm 2).
+
+python bench.py --preset mnist --batch 32"""
 import argparse, json, statistics, sys, time
 import numpy as np
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, helpers
@@ -8,14 +10,17 @@ from ddpm import DDPM
 SHAPES = {"glyphs": (1, 16), "mnist": (1, 28), "cifar10": (3, 32)}
 
 def forward_flops(model:unet.UNet, batch:int) -> int:
-  """Multiplications and additions of all convolutions and matrix products of one forward pass, from their shapes alone."""
+  """Multiplications and additions of all convolutions and matrix products of one forward pass.
+
+  Counted from their shapes alone."""
   count, convolve = [0], unet.convolve
   def counted(x, w, *adds, stride=1, lo=0, hi=0):
     H, W = [(n+lo+hi-w.shape[-3])//stride+1 for n in x.shape[1:3]]
     count[0] += 2 * x.shape[0]*H*W * w.shape[-3]**2 * w.shape[-2]*w.shape[-1]
     return convolve(x, w, *adds, stride=stride, lo=lo, hi=hi)
   unet.convolve = counted
-  try: model(Tensor.empty(batch, model.config["in_channels"], *(model.config["image_size"],)*2), Tensor.ones(batch, dtype="int32"))
+  try: model(Tensor.empty(batch, model.config["in_channels"], *(model.config["image_size"],)*2),
+             Tensor.ones(batch, dtype="int32"))
   finally: unet.convolve = convolve
   return count[0]
 
@@ -42,11 +47,13 @@ def main(argv:list[str]|None=None):
   p.add_argument("--json", action="store_true", help="end with one line of JSON")
   b = p.parse_args(argv)
   for flag in ("batch", "repeats"):
-    if not 1 <= getattr(b, flag) <= 2**20: raise ValueError(f"--{flag} {getattr(b, flag)} is out of range: it must lie in 1..{2**20}")
+    if not 1 <= getattr(b, flag) <= 2**20:
+      raise ValueError(f"--{flag} {getattr(b, flag)} is out of range: it must lie in 1..{2**20}")
   device, (C, S) = unet.device(), SHAPES[b.preset]
   a = train.arguments(["--dataset", b.preset, "--batch", str(b.batch)])
-  config = dict(in_channels=C, channels=a.channels, channel_mult=a.channel_mult, num_res_blocks=a.num_res_blocks, attn_resolutions=a.attn,
-                dropout=a.dropout, image_size=S, norm_groups=a.norm_groups, num_classes=0, seed=0)
+  config = dict(in_channels=C, channels=a.channels, channel_mult=a.channel_mult, num_res_blocks=a.num_res_blocks,
+                attn_resolutions=a.attn, dropout=a.dropout, image_size=S, norm_groups=a.norm_groups,
+                num_classes=0, seed=0)
   start = time.perf_counter()
   ddpm, state = DDPM(), train.State(config, (device,))
   setup = time.perf_counter() - start
@@ -69,18 +76,25 @@ def main(argv:list[str]|None=None):
   sampling = measure(lambda: jit(x, t, lay(rng.standard_normal(images.shape, np.float32))), b.repeats, "sampling step")
 
   flops = forward_flops(state.model, b.batch)
-  result = dict(preset=b.preset, batch=b.batch, device=device, setup_s=setup, first_step_s=training["first"], step_s=training["median"],
-    step_fastest_s=training["fastest"], step_slowest_s=training["slowest"], train_images_per_s=b.batch/training["median"],
-    train_gflops=3*flops/training["median"]/1e9, executed_over_needed=training["ops"]/(3*flops), kernels=training["kernels"],
-    sample_first_step_s=sampling["first"], sample_step_s=sampling["median"], sample_images_per_s=b.batch/sampling["median"],
-    sample_gflops=flops/sampling["median"]/1e9, sample_kernels=sampling["kernels"], peak_memory_bytes=max(memory, GlobalCounters.mem_used),
+  result = dict(
+    preset=b.preset, batch=b.batch, device=device, setup_s=setup,
+    first_step_s=training["first"], step_s=training["median"],
+    step_fastest_s=training["fastest"], step_slowest_s=training["slowest"],
+    train_images_per_s=b.batch/training["median"], train_gflops=3*flops/training["median"]/1e9,
+    executed_over_needed=training["ops"]/(3*flops), kernels=training["kernels"],
+    sample_first_step_s=sampling["first"], sample_step_s=sampling["median"],
+    sample_images_per_s=b.batch/sampling["median"], sample_gflops=flops/sampling["median"]/1e9,
+    sample_kernels=sampling["kernels"], peak_memory_bytes=max(memory, GlobalCounters.mem_used),
     parameters=state.size, unet=config)
-  print(f"{b.preset}: {state.size:,} parameters, batch {b.batch}, on {device}; {3*flops/1e9:.1f} GFLOP a training step by the network's shapes\n"
+  print(f"{b.preset}: {state.size:,} parameters, batch {b.batch}, on {device}; "
+        f"{3*flops/1e9:.1f} GFLOP a training step by the network's shapes\n"
         f"set-up           {setup:8.2f} s\n"
-        f"training step    {training['median']*1e3:8.1f} ms   first {training['first']:.1f} s   {result['train_images_per_s']:.1f} images/s   "
-        f"{result['train_gflops']:.1f} GFLOP/s   {training['kernels']} kernels   executed/needed {result['executed_over_needed']:.2f}\n"
-        f"sampling step    {sampling['median']*1e3:8.1f} ms   first {sampling['first']:.1f} s   {result['sample_images_per_s']:.1f} images/s   "
-        f"{result['sample_gflops']:.1f} GFLOP/s   {sampling['kernels']} kernels\n"
+        f"training step    {training['median']*1e3:8.1f} ms   first {training['first']:.1f} s   "
+        f"{result['train_images_per_s']:.1f} images/s   {result['train_gflops']:.1f} GFLOP/s   "
+        f"{training['kernels']} kernels   executed/needed {result['executed_over_needed']:.2f}\n"
+        f"sampling step    {sampling['median']*1e3:8.1f} ms   first {sampling['first']:.1f} s   "
+        f"{result['sample_images_per_s']:.1f} images/s   {result['sample_gflops']:.1f} GFLOP/s   "
+        f"{sampling['kernels']} kernels\n"
         f"device memory    {result['peak_memory_bytes']/2**20:8.1f} MiB")
   if b.json: print(json.dumps(result))
 

@@ -6,7 +6,7 @@ in the paper, bits/dim by the probability-flow ODE.
 Images are uint8 (n, C, H, W); D = C·H·W is the number of dimensions everything is divided by. Every random number of
 image i and time t comes from a generator of its own, so that no result depends on the size of the batches.
 """
-import argparse, functools, json, math, os, sys
+import argparse, functools, json, math, sys
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

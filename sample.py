@@ -85,8 +85,8 @@ def compiled(step, model, x, t):
 def walk(ddpm, model, x, steps, step, seed=0, first=0, jits=None, noisy=True, repeat=1):
   """Algorithm 2, lines 2-5, with step(x_t, t, s, z) -> (x_s, x̂_0) for line 4: an iterator of (s, x_s, x̂_0).
 
-  noisy: whether the step takes z, which is 0 where s = 0. repeat: how many steps there are at each time, all but the
-  last of them with s = t. ValueError for wrong steps, seed or first.
+  noisy: whether the step takes z; where s = 0, no step uses it. repeat: how many steps there are at each time, all but
+  the last of them with s = t. ValueError for wrong steps, seed or first.
   """
   times = timesteps(ddpm.T, steps) if isinstance(steps, (int, np.integer)) else [int(t) for t in steps]
   if len(times) < 2 or times[0] > ddpm.T or times[-1] < 0 or min(a - b for a, b in zip(times, times[1:])) < 1:
@@ -99,7 +99,7 @@ def walk(ddpm, model, x, steps, step, seed=0, first=0, jits=None, noisy=True, re
     if (key := (step.__code__, x.shape)) not in jits: jits[key] = compiled(step, model, x, times[0])
     path = [t for t in times[:-1] for _ in range(repeat)] + times[-1:]
     for t, s in zip(path, path[1:]):
-      z = [normals(rngs, x.shape[1:]) if s else np.zeros(x.shape, np.float32)] if noisy else []
+      z = [normals(rngs, x.shape[1:])] if noisy else []
       out = jits[key](x, *[Tensor(a).shard_like(x).realize() for a in (all_at(t, x), all_at(s, x), *z)])
       x, x0_hat = copies = [v.clone() for v in out]  # because the jit writes its next output over this one
       Tensor.realize(*copies)

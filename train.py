@@ -7,20 +7,26 @@ from ddpm import DDPM
 
 # What differs by dataset. cifar10 is the paper's Appendix B; the others are sized for two CPU cores.
 PRESETS = {
-  "glyphs": dict(steps=3000, batch=32, lr=1e-3, ema=0.999, channels=32, channel_mult=(1, 2), num_res_blocks=1, attn=(8,), dropout=0., norm_groups=8,
-                 warmup=200, save_every=500, sample_every=1000, flip=False),
-  "mnist": dict(steps=4000, batch=32, lr=1e-3, ema=0.999, channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, attn=(7,), dropout=0., norm_groups=8,
-                warmup=200, save_every=500, sample_every=1000, flip=False),
-  "cifar10": dict(steps=800_000, batch=128, lr=2e-4, ema=0.9999, channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attn=(16,), dropout=0.1,
-                  norm_groups=32, warmup=5000, save_every=1000, sample_every=5000, flip=True)}
+  "glyphs":  dict(steps=3000,    batch=32,  lr=1e-3, ema=0.999,  channels=32,  channel_mult=(1, 2),
+                  num_res_blocks=1, attn=(8,),  dropout=0.,  norm_groups=8,
+                  warmup=200,  save_every=500,  sample_every=1000, flip=False),
+  "mnist":   dict(steps=4000,    batch=32,  lr=1e-3, ema=0.999,  channels=32,  channel_mult=(1, 2, 2),
+                  num_res_blocks=1, attn=(7,),  dropout=0.,  norm_groups=8,
+                  warmup=200,  save_every=500,  sample_every=1000, flip=False),
+  "cifar10": dict(steps=800_000, batch=128, lr=2e-4, ema=0.9999, channels=128, channel_mult=(1, 2, 2, 2),
+                  num_res_blocks=2, attn=(16,), dropout=0.1, norm_groups=32,
+                  warmup=5000, save_every=1000, sample_every=5000, flip=True)}
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 PRESETS["folder"] = PRESETS["cifar10"] | dict(steps=100_000, batch=32, channels=64, warmup=1000)
 
 def arguments(argv:list[str]|None) -> argparse.Namespace:
-  """The command line, filled up from the dataset's preset. ValueError, in one sentence, for a value out of its range."""
+  """The command line, filled up from the dataset's preset.
+
+  ValueError, in one sentence, for a value out of its range."""
   def ints(s:str) -> tuple[int, ...]: return tuple(int(v) for v in s.split(",") if v)
-  p = argparse.ArgumentParser(description="Train a DDPM (Algorithm 1). Each default comes from the dataset's preset; run again to resume.",
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
+  p = argparse.ArgumentParser(
+    description="Train a DDPM (Algorithm 1). Each default comes from the dataset's preset; run again to resume.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
   p.add_argument("--dataset", default="glyphs", help="glyphs, mnist, fashion_mnist, cifar10 or a folder of images")
   p.add_argument("--data-dir", help="where the dataset's files are; else $DATA_DIR, else downloaded", default=None)
   p.add_argument("--out", help="the run's folder", default="runs/<dataset>")
@@ -31,14 +37,17 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--gpus", type=int, help="devices that share a batch", default=1)
   p.add_argument("--lr", type=float, help="Adam's learning rate")
   p.add_argument("--warmup", type=int, help="steps over which it rises from 0 (not in the paper, but in its code)")
-  p.add_argument("--clip", type=float, help="largest norm of the gradient (not in the paper, but in its code)", default=1.0)
+  p.add_argument("--clip", type=float, help="largest norm of the gradient (not in the paper, but in its code)",
+                 default=1.0)
   p.add_argument("--ema", type=float, help="decay of the averaged weights")
   p.add_argument("--seed", type=int, help="fixes every random number", default=0)
   p.add_argument("--T", type=int, help="steps of the diffusion", default=1000)
   p.add_argument("--schedule", choices=("linear", "cosine", "quad", "const"), help="of the betas", default="linear")
   p.add_argument("--predict", choices=("eps", "x0", "mu"), help="what the network predicts (Table 2)", default="eps")
-  p.add_argument("--loss", choices=("simple", "vlb"), help="L_simple or the variational bound (Table 2)", default="simple")
-  p.add_argument("--sigma", choices=("beta", "beta_tilde"), help="variance of the reverse steps (Section 3.2)", default="beta")
+  p.add_argument("--loss", choices=("simple", "vlb"), help="L_simple or the variational bound (Table 2)",
+                 default="simple")
+  p.add_argument("--sigma", choices=("beta", "beta_tilde"), help="variance of the reverse steps (Section 3.2)",
+                 default="beta")
   p.add_argument("--channels", type=int, help="of the first level")
   p.add_argument("--channel-mult", type=ints, help="their factor at each level, such as 1,2,2")
   p.add_argument("--num-res-blocks", type=int, help="residual blocks at each level")
@@ -46,29 +55,39 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--norm-groups", type=int, help="groups of GroupNorm")
   p.add_argument("--dropout", type=float, help="probability")
   p.add_argument("--no-flip", dest="flip", action="store_false", help="no random horizontal flips")
-  p.add_argument("--class-conditional", action="store_true", help="train with labels, 10%% of them dropped", default=False)
+  p.add_argument("--class-conditional", action="store_true", help="train with labels, 10%% of them dropped",
+                 default=False)
   p.add_argument("--save-every", type=int, help="steps between checkpoints")
   p.add_argument("--sample-every", type=int, help="steps between grids of samples; 0: never")
   given = vars(p.parse_args(argv))
   a = argparse.Namespace(**PRESETS.get(given["dataset"], PRESETS["folder"]) | given)
-  for flag, low, high in (("steps", 1, 10**9), ("batch", 1, 2**20), ("accum", 1, 2**20), ("gpus", 1, 1024), ("warmup", 0, 10**9), ("seed", 0, 2**31-1),
-      ("T", 1, 100_000), ("channels", 1, 2**14), ("num_res_blocks", 1, 100), ("norm_groups", 1, 2**14), ("save_every", 1, 10**9), ("sample_every", 0, 10**9)):
-    if not low <= getattr(a, flag) <= high: raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is out of range: it must lie in {low}..{high}")
-  for flag, ok, want in (("lr", 0 < a.lr < 10, "above 0 and below 10"), ("clip", 0 < a.clip < math.inf, "above 0"), ("ema", 0 <= a.ema < 1, "from 0 up to below 1"),
+  for flag, low, high in (
+      ("steps", 1, 10**9), ("batch", 1, 2**20), ("accum", 1, 2**20), ("gpus", 1, 1024), ("warmup", 0, 10**9),
+      ("seed", 0, 2**31-1), ("T", 1, 100_000), ("channels", 1, 2**14), ("num_res_blocks", 1, 100),
+      ("norm_groups", 1, 2**14), ("save_every", 1, 10**9), ("sample_every", 0, 10**9)):
+    if not low <= getattr(a, flag) <= high:
+      raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is out of range: "
+                       f"it must lie in {low}..{high}")
+  for flag, ok, want in (("lr", 0 < a.lr < 10, "above 0 and below 10"),
+                         ("clip", 0 < a.clip < math.inf, "above 0"),
+                         ("ema", 0 <= a.ema < 1, "from 0 up to below 1"),
                          ("dropout", 0 <= a.dropout < 1, "from 0 up to below 1")):
     if not ok: raise ValueError(f"--{flag} {getattr(a, flag)} is out of range: it must be {want}")
   for flag, least in (("channel_mult", 1), ("attn", 0)):
-    if len(getattr(a, flag)) < least or any(v < 1 for v in getattr(a, flag)): raise ValueError(f"--{flag.replace('_', '-')} needs whole numbers from 1 up, such as 1,2,2")
-  if a.batch % (a.accum*a.gpus): raise ValueError(f"--batch {a.batch} must be a multiple of --accum {a.accum} times --gpus {a.gpus}")
+    if len(getattr(a, flag)) < least or any(v < 1 for v in getattr(a, flag)):
+      raise ValueError(f"--{flag.replace('_', '-')} needs whole numbers from 1 up, such as 1,2,2")
+  if a.batch % (a.accum*a.gpus):
+    raise ValueError(f"--batch {a.batch} must be a multiple of --accum {a.accum} times --gpus {a.gpus}")
   if a.out == "runs/<dataset>": a.out = f"runs/{pathlib.Path(a.dataset).name or 'folder'}"
   return a
 
 # ***** the step *****
 
 class State:
-  """Weights, their average (EMA) and Adam's two moments, each one flat buffer: a handful of kernels update all parameters at once.
+  """Weights, their average (EMA) and Adam's two moments, each one flat buffer.
 
-  The two networks' weights are views into them, so nothing is copied and the average is never an alias of the weights."""
+  So a handful of kernels update all parameters at once. The two networks' weights are views into the buffers, so
+  nothing is copied and the average is never an alias of the weights."""
   def __init__(self, config:dict, devices:tuple[str, ...]):
     self.model, self.average = unet.UNet(**config), unet.UNet(**config)
     self.shapes = {k: v.shape for k, v in nn.state.get_state_dict(self.model).items()}
@@ -86,7 +105,8 @@ class State:
 
   def lay(self, array:np.ndarray, axis:int|None=0) -> Tensor:
     """On the device or, cut along `axis` (or whole, for None), on all devices."""
-    return Tensor(array, device=self.devices[0]) if len(self.devices) == 1 else Tensor(array, device="CPU").shard(self.devices, axis)
+    return Tensor(array, device=self.devices[0]) if len(self.devices) == 1 else \
+      Tensor(array, device="CPU").shard(self.devices, axis)
 
   def views(self, key:str) -> list[Tensor]:
     ends = np.cumsum([math.prod(s) for s in self.shapes.values()])
@@ -103,16 +123,24 @@ class State:
     return out | {"adam.m": flat["m"], "adam.v": flat["v"]}
 
   def restore(self, tensors:dict[str, np.ndarray], path):
-    want = {f"{key}.{k}": s for key in ("raw", "ema") for k, s in self.shapes.items()} | {"adam.m": (self.size,), "adam.v": (self.size,)}
-    if {k: v.shape for k, v in tensors.items()} != want: raise ValueError(f"{path} does not hold the state of this network: use --restart to begin anew")
-    if any(not np.isfinite(v).all() for v in tensors.values()): raise ValueError(f"{path} holds numbers that are not finite: use --restart to begin anew")
+    want = {f"{key}.{k}": s for key in ("raw", "ema") for k, s in self.shapes.items()} | {
+      "adam.m": (self.size,), "adam.v": (self.size,)}
+    if {k: v.shape for k, v in tensors.items()} != want:
+      raise ValueError(f"{path} does not hold the state of this network: use --restart to begin anew")
+    if any(not np.isfinite(v).all() for v in tensors.values()):
+      raise ValueError(f"{path} holds numbers that are not finite: use --restart to begin anew")
     pad = np.zeros(-self.size % 4096, np.float32)
-    flat = {key: np.concatenate([*(tensors[f"{key}.{k}"].reshape(-1) for k in self.shapes), pad]) for key in ("raw", "ema")}
-    self.put(flat | {k: np.concatenate([tensors[f"adam.{k}"], pad]) for k in ("m", "v")} | {"grad": np.zeros(self.size+len(pad), np.float32)})
+    flat = {key: np.concatenate([*(tensors[f"{key}.{k}"].reshape(-1) for k in self.shapes), pad])
+            for key in ("raw", "ema")}
+    self.put(flat | {k: np.concatenate([tensors[f"adam.{k}"], pad]) for k in ("m", "v")}
+                  | {"grad": np.zeros(self.size+len(pad), np.float32)})
 
 def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
-  """Algorithm 1, lines 2-5, as one graph. step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), norm of the gradient)."""
-  def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()  # in two stages: a float32 sum of millions would drift
+  """Algorithm 1, lines 2-5, as one graph.
+
+  step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), norm of the gradient)."""
+  # in two stages: a float32 sum of millions would drift
+  def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()
 
   @TinyJit
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
@@ -128,10 +156,11 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
     g = grad * (a.clip / norm.maximum(a.clip))
     # Adam; `last` is 0 for all but the last part of a batch
     m, v, w, e = [state.flat[k] for k in ("m", "v", "raw", "ema")]
-    m.assign(m + last * 0.1 * (g - m))                        # m ← β₁ m + (1−β₁) g
-    v.assign(v + last * 0.001 * (g * g - v))                  # v ← β₂ v + (1−β₂) g²
-    w.assign(w - last * lr * (m / c1) / ((v / c2).sqrt() + 1e-8))   # θ ← θ − lr m̂/(√v̂ + 1e-8), m̂ = m/(1−β₁ⁿ), v̂ = v/(1−β₂ⁿ)
-    e.assign(e + last * (1 - decay) * (w - e))                # EMA
+    m.assign(m + last * 0.1 * (g - m))          # m ← β₁ m + (1−β₁) g
+    v.assign(v + last * 0.001 * (g * g - v))    # v ← β₂ v + (1−β₂) g²
+    # θ ← θ − lr m̂/(√v̂ + 1e-8), m̂ = m/(1−β₁ⁿ), v̂ = v/(1−β₂ⁿ)
+    w.assign(w - last * lr * (m / c1) / ((v / c2).sqrt() + 1e-8))
+    e.assign(e + last * (1 - decay) * (w - e))  # EMA
     Tensor.realize(loss, norm, m, v, w, e, grad)
     return loss, norm
   step.cnt = 1  # everything is realized already, so the first call can be the one that is captured
@@ -142,7 +171,8 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
   x, y = data.batch_at(images, labels, n-1, a.batch, a.seed, a.flip)
   rng = np.random.default_rng([a.seed, 1, n])
   t, eps = rng.integers(1, a.T+1, a.batch, np.int32), rng.standard_normal(x.shape, np.float32)
-  y = np.where(rng.random(a.batch) < 0.1, null, y).astype(np.int32)  # classifier-free guidance: "no class" one time in ten
+  # classifier-free guidance: "no class" one time in ten
+  y = np.where(rng.random(a.batch) < 0.1, null, y).astype(np.int32)
   return x, t, eps, y, rng.integers(0, 2**32, (a.accum, 1), np.uint32)
 
 def hyper(a:argparse.Namespace, n:int) -> list[float]:
@@ -154,8 +184,10 @@ def hyper(a:argparse.Namespace, n:int) -> list[float]:
 
 def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
-  keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed", "T", "schedule", "predict", "loss", "sigma", "flip", "class_conditional")
-  return {k: getattr(a, k) for k in keys} | {"network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
+  keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
+          "T", "schedule", "predict", "loss", "sigma", "flip", "class_conditional")
+  return {k: getattr(a, k) for k in keys} | {
+    "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 
 def read_log(path:pathlib.Path, step:int) -> list[dict]:
   """The lines of the log up to `step`; what a killed run wrote beyond its last checkpoint is dropped."""
@@ -169,7 +201,8 @@ def read_log(path:pathlib.Path, step:int) -> list[dict]:
 
 def draw_curve(path:pathlib.Path, log:list[dict]):
   steps, smooth = [e["step"] for e in log], [e["smooth"] for e in log]
-  data.save_png(path, data.plot({"loss": (steps, [e["loss"] for e in log]), "smoothed": (steps, smooth)}, "Training loss", "step", "loss", log_y=True))
+  data.save_png(path, data.plot({"loss": (steps, [e["loss"] for e in log]), "smoothed": (steps, smooth)},
+                                "Training loss", "step", "loss", log_y=True))
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)
@@ -178,12 +211,14 @@ def main(argv:list[str]|None=None):
   N, C, H, W = images.shape
   if H != W: raise ValueError(f"images of {H}x{W} are not square")
   classes = int(labels.max())+1 if a.class_conditional else 0
-  config = dict(in_channels=C, channels=a.channels, channel_mult=a.channel_mult, num_res_blocks=a.num_res_blocks, attn_resolutions=a.attn,
-                dropout=a.dropout, image_size=H, norm_groups=a.norm_groups, num_classes=classes, seed=a.seed)
+  config = dict(in_channels=C, channels=a.channels, channel_mult=a.channel_mult, num_res_blocks=a.num_res_blocks,
+                attn_resolutions=a.attn, dropout=a.dropout, image_size=H, norm_groups=a.norm_groups,
+                num_classes=classes, seed=a.seed)
   ddpm_args = dict(T=a.T, schedule=a.schedule, sigma=a.sigma, predict=a.predict)
   ddpm, out = DDPM(**ddpm_args), pathlib.Path(a.out)
-  if ddpm.alpha_bar[-1] > 1e-2: print(f"train.py: warning: with T = {a.T} the last x_T still holds {ddpm.alpha_bar[-1]**.5:.0%} of the image, "
-                                      "but sampling starts from pure noise", file=sys.stderr)
+  if ddpm.alpha_bar[-1] > 1e-2:
+    print(f"train.py: warning: with T = {a.T} the last x_T still holds {ddpm.alpha_bar[-1]**.5:.0%} of the image, "
+          "but sampling starts from pure noise", file=sys.stderr)
   devices = (device,) if a.gpus == 1 else tuple(f"{device.split(':')[0]}:{i}" for i in range(a.gpus))
   try:
     for d in devices: Device[d]
@@ -195,10 +230,15 @@ def main(argv:list[str]|None=None):
   state = State(config, devices)
   if last.exists() and not a.restart:
     tensors, metadata = unet.read_tensors(last)
-    try: meta = json.loads(metadata["ddpm"]); begun, smooth, before = int(meta["step"]), float(meta["smooth"]), dict(meta["train"])
-    except (KeyError, ValueError, TypeError): raise ValueError(f"{last} is not the state of a run: use --restart to begin anew") from None
+    try:
+      meta = json.loads(metadata["ddpm"])
+      begun, smooth, before = int(meta["step"]), float(meta["smooth"]), dict(meta["train"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+      raise ValueError(f"{last} is not the state of a run: use --restart to begin anew") from None
     for k, v in fixed.items():
-      if before.get(k) != v: raise ValueError(f"{out} was trained with {k} = {before.get(k)}, not {v}: use the same, another --out, or --restart to begin anew")
+      if before.get(k) != v:
+        raise ValueError(f"{out} was trained with {k} = {before.get(k)}, not {v}: "
+                         "use the same, another --out, or --restart to begin anew")
     state.restore(tensors, last)
     print(f"going on from step {begun} of {out}", file=sys.stderr)
   try: out.mkdir(parents=True, exist_ok=True)
@@ -206,20 +246,26 @@ def main(argv:list[str]|None=None):
   log = read_log(out/"log.jsonl", begun)
   with data.atomic(out/"log.jsonl") as f: f.write("".join(json.dumps(e)+"\n" for e in log).encode())
   parameters = f"{state.size:,} parameters"
-  print(f"{a.dataset}: {N:,} images of {C}x{H}x{W}; {parameters}; batch {a.batch}; on {', '.join(devices)}; to {out}", file=sys.stderr)
-  if begun >= a.steps: return print(f"{out} has {begun} steps already: --steps {a.steps} asks for no more", file=sys.stderr)
+  print(f"{a.dataset}: {N:,} images of {C}x{H}x{W}; {parameters}; batch {a.batch}; on {', '.join(devices)}; to {out}",
+        file=sys.stderr)
+  if begun >= a.steps:
+    return print(f"{out} has {begun} steps already: --steps {a.steps} asks for no more", file=sys.stderr)
 
-  # the same 36 latents each time, so that pictures compare; DDIM with 50 steps (not in the paper) takes a 20th of Algorithm 2's time
-  x_T, jits, null = sample.draw_x_T(36, (C, H, W), a.seed), {}, Tensor(np.full(36, classes, np.int32)).realize() if classes else None
+  # the same 36 latents each time, so that pictures compare;
+  # DDIM with 50 steps (not in the paper) takes a 20th of Algorithm 2's time
+  x_T, jits, null = (sample.draw_x_T(36, (C, H, W), a.seed), {},
+                     Tensor(np.full(36, classes, np.int32)).realize() if classes else None)
   def save(step:int):
     meta = {"ddpm": ddpm_args, "dataset": a.dataset, "step": step}
     draw_curve(out/"loss.png", log)
     arrays = state.arrays()
-    unet.write_tensors(out/"ema.safetensors", {k[4:]: v for k, v in arrays.items() if k.startswith("ema.")}, meta | {"unet": config})
+    unet.write_tensors(out/"ema.safetensors", {k[4:]: v for k, v in arrays.items() if k.startswith("ema.")},
+                       meta | {"unet": config})
     # last of all, so that a run stopped in between makes the others anew
     unet.write_tensors(last, arrays, meta | {"unet": config, "train": fixed, "smooth": smooth})
   def show(step:int):
-    for _, _, x0 in sample.SAMPLERS["ddim"](ddpm, lambda x, t: state.average(x, t, null), x_T, min(50, a.T), a.seed, jits=jits): pass
+    for _, _, x0 in sample.SAMPLERS["ddim"](ddpm, lambda x, t: state.average(x, t, null), x_T,
+                                            min(50, a.T), a.seed, jits=jits): pass
     grid = data.to_uint8(x0.numpy())
     for path in (out/"samples.png", out/"samples"/f"{step:06d}.png"): data.save_png(path, data.grid(grid))
     if sys.stdout.isatty(): print(data.to_terminal(grid[:8]))
@@ -240,19 +286,23 @@ def main(argv:list[str]|None=None):
       each = np.zeros(a.batch, np.float32)
       for k in range(a.accum):
         cut, h = slice(k*part, (k+1)*part), np.array([float(k > 0), float(k == a.accum-1), *hyper(a, n)], np.float32)
-        loss, norm = step(*(state.lay(v[cut]).realize() for v in (x, t, eps, y)), state.lay(seeds[k], None).realize(), state.lay(h, None).realize())
+        loss, norm = step(*(state.lay(v[cut]).realize() for v in (x, t, eps, y)),
+                          state.lay(seeds[k], None).realize(), state.lay(h, None).realize())
         each[cut] = state.fetch(loss)
       loss, norm = float(each.mean()), float(state.fetch(norm))
       if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise ValueError(f"at step {n} the loss is {loss} and the gradient's norm {norm}: stopped before anything of it was saved; "
+        raise ValueError(f"at step {n} the loss is {loss} and the gradient's norm {norm}: "
+                         "stopped before anything of it was saved; "
                          + (f"the last good state is {last}" if last.exists() else "there was no checkpoint before"))
       smooth = loss if smooth is None else smooth + max(0.01, 1/n) * (loss-smooth)
       now = time.monotonic()
-      if n > begun+1: seconds = now-clock if seconds is None else seconds + 0.05 * (now-clock-seconds)  # the first step compiles
+      # the first step compiles
+      if n > begun+1: seconds = now-clock if seconds is None else seconds + 0.05 * (now-clock-seconds)
       rate = a.batch/seconds if seconds else 0.
       # the loss in each quarter of 1..T: a total that stands still can hide bands that do not
       bands = [float(each[q].mean()) if (q := (t-1)*4//a.T == i).any() else None for i in range(4)]
-      log.append({"step": n, "loss": loss, "smooth": smooth, "grad_norm": norm, "lr": hyper(a, n)[0], "bands": bands, "images_per_s": round(rate, 1)})
+      log.append({"step": n, "loss": loss, "smooth": smooth, "grad_norm": norm, "lr": hyper(a, n)[0],
+                  "bands": bands, "images_per_s": round(rate, 1)})
       f.write(json.dumps(log[-1])+"\n")
       if tty or now-spoken > 10 or n == a.steps:
         left = time.strftime("%H:%M:%S", time.gmtime((a.steps-n)*seconds)) if seconds else "--:--:--"

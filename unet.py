@@ -5,36 +5,158 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes, function, helpers, nn
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-# ***** 1. what is written for speed: convolution, sums, normalisation and softmax, with their gradients *****
+# ***** 1. the network *****
 
-def clang() -> str|None:
-  """The C compiler for tinygrad's CPU device: $CC, else the newest clang, which Debian and Ubuntu install as clang-19 and the like."""
-  names = [os.environ["CC"]] if "CC" in os.environ else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
-  return next((c for n in names if (c := shutil.which(n))), None)
+class UNet:
+  """eps_theta(x_t, t), Appendix B. x (B,C,H,W), t (B,) int32 in 1..T, labels y (B,), num_classes for "no class"."""
+  def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2),
+               num_res_blocks:int=2, attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32,
+               norm_groups:int=32, num_classes:int=0, seed:int=0):
+    """Raises ValueError, in one sentence, for sizes that do not fit each other."""
+    self.config, halvings = {k: v for k, v in locals().items() if k != "self"}, len(channel_mult)-1
+    if (min(in_channels, channels, num_res_blocks, image_size, norm_groups, *channel_mult) < 1
+        or num_classes < 0 or not channel_mult):
+      raise ValueError("every size of the network must be 1 or more")
+    if image_size % 2**halvings:
+      raise ValueError(f"images of {image_size}x{image_size} do not divide by 2 for each of {halvings} levels: "
+                       f"crop or pad them to a multiple of {2**halvings}, or take fewer levels (channel_mult)")
+    if channels % norm_groups:
+      raise ValueError(f"{channels} channels do not divide into {norm_groups} groups (norm_groups)")
+    if channels % 2 or channels < 4:
+      raise ValueError(f"channels must be even and at least 4, not {channels}: half of the embedding are sines")
+    if not 0 <= dropout < 1: raise ValueError(f"dropout must be from 0 up to below 1, not {dropout}")
+    rng, emb = np.random.default_rng(seed), 4*channels
+    count = itertools.count()
+    block = lambda c, o: ResBlock(rng, c, o, emb, norm_groups, dropout, next(count))
+    attend = lambda c, size: [Attention(rng, c, norm_groups)] if size in attn_resolutions else []
+    self.time1, self.time2 = Dense(rng, channels, emb), Dense(rng, emb, emb)
+    if num_classes: self.label = fan_average(rng, num_classes+1, emb)
+    self.conv_in = Conv(rng, in_channels, channels)
+    c, size, skips, self.down, self.up = channels, image_size, [channels], [], []
+    for i, m in enumerate(channel_mult):
+      for _ in range(num_res_blocks):
+        self.down.append([block(c, c := channels*m), *attend(c, size)])
+        skips.append(c)
+      if i < len(channel_mult)-1:
+        self.down.append([Conv(rng, c, c, stride=2)])
+        skips.append(c)
+        size //= 2
+    self.mid = [block(c, c), Attention(rng, c, norm_groups), block(c, c)]
+    for i, m in reversed(list(enumerate(channel_mult))):
+      for j in range(num_res_blocks+1):
+        self.up.append([block(c+skips.pop(), c := channels*m), *attend(c, size)])
+      if i > 0:
+        self.up[-1].append(Conv(rng, c, c))
+        size *= 2
+    self.norm_out, self.conv_out = GroupNorm(c, norm_groups), Conv(rng, c, in_channels, scale=1e-10)
+    Tensor.realize(*nn.state.get_parameters(self))
 
-def device() -> str:
-  """The device in use. RuntimeError, in one sentence, when tinygrad finds none or $DEV names one that is not there."""
-  if clang(): os.environ["CC"] = clang()
-  try: return Device[Device.DEFAULT].device
-  except Exception as e:
-    if os.environ.get("DEV", "CPU").upper().startswith("CPU") and not clang():
-      raise RuntimeError("no GPU was found and the CPU device needs clang: install it (Debian, Ubuntu: apt-get install clang; "
-                         "macOS: xcode-select --install) or set CC to where it is") from e
-    raise RuntimeError(f"tinygrad cannot open the device DEV={os.environ.get('DEV', '')} ({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
+  def embed(self, t:Tensor, y:Tensor|None) -> Tensor:
+    """sin and cos of (t-1) · 10000^(-i/(half-1)), then two linear layers: (B,4·channels).
 
-@functools.cache
-def tiled(device:str) -> bool:
-  """True where kernels are tiled by hand: on the CPU, which tinygrad renders as C."""
-  if not device.startswith("CPU"): return False
-  # no float4 loads: they hold clang to 128-bit vectors, without them it takes the full width; and no guessed unrolling elsewhere
-  os.environ.update(DMC="1", NOOPT="1")
-  helpers.getenv.cache_clear()
-  helpers.NOOPT.value = 1
-  return True
+    The authors count time from 0."""
+    half = self.config["channels"]//2
+    freq = Tensor(np.exp(-math.log(10000) * np.arange(half) / (half-1)).astype(np.float32), device=t.device)
+    angle = (t-1).cast(dtypes.float32).reshape(-1, 1) * freq
+    emb = self.time2(self.time1(angle.sin().cat(angle.cos(), dim=1)).silu())
+    if null := self.config["num_classes"]:
+      y = y if y is not None else Tensor(np.full(t.shape, null, np.int32), device=t.device)
+      emb = emb + y.one_hot(null+1).float() @ self.label
+    return emb.silu().contiguous()
 
-os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")  # a compiling process lives for all kernels, not for 16
-try: tiled(device())  # before the first kernel is compiled, so that all processes that compile agree
-except RuntimeError: pass  # a program calls device() itself and says so
+  def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
+    """Dropout is on when a `seed` for it is given, uint32 (1,).
+
+    The same seed drops the same numbers on every device."""
+    emb = self.embed(t, y)
+    apply = lambda layer, h: layer(h, emb, seed) if isinstance(layer, ResBlock) else layer(h)
+    h = self.conv_in(x.permute(0, 2, 3, 1))
+    skips = [h]
+    for layers in self.down:
+      for layer in layers: h = apply(layer, h)
+      skips.append(h)
+    for layer in self.mid: h = apply(layer, h)
+    for layers in self.up:
+      h = h.cat(skips.pop(), dim=-1).contiguous()
+      for layer in layers: h = layer(upsample(h)) if isinstance(layer, Conv) else apply(layer, h)
+    return self.conv_out(self.norm_out(h)).permute(0, 3, 1, 2)
+
+def upsample(x:Tensor) -> Tensor:
+  """Each pixel twice in both directions: (B,H,W,C) -> (B,2H,2W,C)."""
+  B, H, W, C = x.shape
+  return x.reshape(B, H, 1, W, 1, C).expand(B, H, 2, W, 2, C).reshape(B, 2*H, 2*W, C)
+
+# ***** 2. the layers *****
+
+def fan_average(rng:np.random.Generator, *shape:int, scale:float=1.) -> Tensor:
+  """The authors' initialisation: uniform with variance scale · 2/(fan_in + fan_out)."""
+  limit = math.sqrt(6 * scale / (math.prod(shape[:-1]) + math.prod(shape[:-2])*shape[-1]))
+  return Tensor(rng.uniform(-limit, limit, shape).astype(np.float32))
+
+class Dense:
+  """x (B,C) -> x w + b (B,O)."""
+  def __init__(self, rng, c:int, o:int):
+    self.weight, self.bias = fan_average(rng, c, o), Tensor(np.zeros(o, np.float32))
+  def __call__(self, x:Tensor) -> Tensor:
+    return convolve(x.reshape(x.shape[0], 1, 1, -1), self.weight[None, None],
+                    self.bias.reshape(1, 1, 1, -1)).reshape(x.shape[0], -1)
+
+class Conv:
+  """x (B,H,W,C) -> (B,H',W',O): k x k, padded to keep the size; with stride 2 padded by (0,1,0,1) to halve it."""
+  def __init__(self, rng, c:int, o:int, k:int=3, stride:int=1, scale:float=1.):
+    self.weight, self.bias, self.stride = \
+      fan_average(rng, k, k, c, o, scale=scale), Tensor(np.zeros(o, np.float32)), stride
+  def __call__(self, x:Tensor, *adds:Tensor) -> Tensor:
+    k = self.weight.shape[0]
+    lo, hi = (k//2, k//2) if self.stride == 1 else (0, 1)
+    return convolve(x, self.weight, self.bias.reshape(1, 1, 1, -1), *adds, stride=self.stride, lo=lo, hi=hi)
+
+class GroupNorm:
+  """x (B,H,W,C): mean 0 and variance 1 over each group of C/groups channels, then each channel's scale and shift."""
+  def __init__(self, c:int, groups:int):
+    self.weight, self.bias, self.groups = Tensor(np.ones(c, np.float32)), Tensor(np.zeros(c, np.float32)), groups
+  def __call__(self, x:Tensor, silu:bool=True) -> Tensor:
+    return norm_function(self.groups, silu)(x, self.weight, self.bias)[0]
+
+def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
+  """x with each number zeroed with probability p and the others divided by 1-p.
+
+  The mask is a hash of seed and position."""
+  h = Tensor.arange(x.numel(), dtype=dtypes.uint32) * 0x9E3779B1 ^ (seed.to(first_device(x)) * 0x85EBCA77)
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): h = (h ^ (h >> shift)) * factor
+  keep = (h >= int(p * 2**32)).reshape(x.shape)
+  return (keep if isinstance(x.device, str) else keep.contiguous().shard(x.device, 0)).where(x, 0) / (1-p)
+
+class ResBlock:
+  """GroupNorm, SiLU, convolution; the time's projection added; GroupNorm, SiLU, dropout, convolution; x added."""
+  def __init__(self, rng, c:int, o:int, emb:int, groups:int, dropout:float, index:int):
+    self.index = index
+    self.norm1, self.conv1, self.temb = GroupNorm(c, groups), Conv(rng, c, o), Dense(rng, emb, o)
+    self.norm2, self.conv2, self.dropout = GroupNorm(o, groups), Conv(rng, o, o, scale=1e-10), dropout
+    if c != o: self.shortcut = Conv(rng, c, o, k=1)
+  def __call__(self, x:Tensor, emb:Tensor, seed:Tensor|None) -> Tensor:
+    x = x.contiguous_backward()
+    h = self.conv1(self.norm1(x), self.temb(emb).reshape(x.shape[0], 1, 1, -1))
+    h = self.norm2(h)
+    if seed is not None and self.dropout: h = dropout(h, self.dropout, seed + self.index)
+    return self.conv2(h, self.shortcut(x) if hasattr(self, "shortcut") else x)
+
+class Attention:
+  """Single-head self-attention over the H·W positions: x + out(softmax(q kᵀ / √C) v)."""
+  def __init__(self, rng, c:int, groups:int):
+    self.norm, self.q, self.k, self.v = \
+      GroupNorm(c, groups), Conv(rng, c, c, k=1), Conv(rng, c, c, k=1), Conv(rng, c, c, k=1)
+    self.out = Conv(rng, c, c, k=1, scale=1e-10)
+  def __call__(self, x:Tensor) -> Tensor:
+    B, H, W, C = x.shape
+    x = x.contiguous_backward()
+    h = self.norm(x, silu=False)
+    q, k, v = [f(h).reshape(B, 1, 1, H*W, C) for f in (self.q, self.k, self.v)]
+    # a product of matrices is a 1x1 convolution in which each image has a kernel of its own
+    a = softmax(convolve(q[:, 0] * C**-0.5, k.transpose(3, 4)))
+    return self.out(convolve(a, v).reshape(B, H, W, C), x)
+
+# ***** 3. what is written for speed: convolution, sums, normalisation and softmax, with their gradients *****
 
 def first_device(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.device[0]
 
@@ -44,7 +166,8 @@ def tile(size:int, amount:int, axis:int) -> tuple[UOp, list[UOp]]:
   """A loop over `size` whose innermost `amount` are unrolled into registers: (index, its ranges)."""
   inner = [UOp.range(amount, 100+axis, AxisType.UPCAST)] if amount > 1 else []
   outer = [UOp.range(size//amount, axis)] if amount < size or not inner else []
-  return sum((r*amount if inner else r for r in outer), start=inner[0] if inner else UOp.const(0, dtypes.weakint)), outer+inner
+  return (sum((r*amount if inner else r for r in outer), start=inner[0] if inner else UOp.const(0, dtypes.weakint)),
+          outer+inner)
 
 def summed(sizes:tuple[int, ...], axis:int, value, op:Ops=Ops.ADD) -> UOp:
   """The sum (or maximum) of value(i, j, ...) over i < sizes[0], j < sizes[1], ..."""
@@ -53,12 +176,14 @@ def summed(sizes:tuple[int, ...], axis:int, value, op:Ops=Ops.ADD) -> UOp:
   return v.reduce(*loops, arg=op) if (loops := [r for r in ranges if r is not None]) else v
 
 def register_tile(macs:int) -> tuple[int, int]:
-  """How many channels and how many pixels a kernel keeps in registers: 16 x 8 runs at near the processor's peak, but takes 0.4 s to
-  compile, which only a kernel with much to do is worth."""
+  """How many channels and how many pixels a kernel keeps in registers.
+
+  16 x 8 runs at near the processor's peak, but takes 0.4 s to compile, which only a kernel with much to do is worth."""
   return 16 if macs > 2**16 else 1, 8 if macs > 2**24 else 1
 
 def sink(out:UOp, value:UOp, ranges:list[list[UOp]], name:str, hand:bool) -> UOp:
-  return out.store(value).end(*(r for rs in ranges for r in rs)).sink(arg=KernelInfo(name, opts_to_apply=() if hand else None))
+  return out.store(value).end(*(r for rs in ranges for r in rs)).sink(
+    arg=KernelInfo(name, opts_to_apply=() if hand else None))
 
 def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, hand:bool) -> UOp:
   """y[b,h,v,o] = Σ add[b,h,v,o] + Σ_ijc x[b, s·h+i, s·v+j, c] w[b,i,j,c,o]: channels last, x padded already."""
@@ -72,7 +197,9 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, hand:bool) -> UOp:
   return sink(y[b, h, v, o], acc, [rb, rh, rv, ro], f"conv{k}_{H}x{W}_{C}_{O}", hand)
 
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, hand:bool) -> UOp:
-  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o] over the images b of group n; g has a border of p to skip."""
+  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o] over the images b of group n.
+
+  g has a border of p to skip."""
   (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
   lanes, rows = register_tile(B*(H-2*p)*(W-2*p)*O*k*k*C) if hand else (1, 1)
   to = divisor(O, lanes)
@@ -92,19 +219,24 @@ def column_kernel(y:UOp, *xs:UOp, op:Ops, hand:bool) -> UOp:
 def pad_kernel(y:UOp, x:UOp, lo:int) -> UOp:
   """y = x with a border of zeros."""
   (B, H, W, C), (_, h, w, _) = y.shape, x.shape
-  (b, rb), (i, ri), (j, rj), (c, rc) = [tile(n, t, a) for a, (n, t) in enumerate(((B, 1), (H, 1), (W, 1), (C, divisor(C, 16))))]
+  (b, rb), (i, ri), (j, rj), (c, rc) = [tile(n, t, a) for a, (n, t) in
+    enumerate(((B, 1), (H, 1), (W, 1), (C, divisor(C, 16))))]
   ok = (i >= lo) & (i < h+lo) & (j >= lo) & (j < w+lo)
   return sink(y[b, i, j, c], x[b, (i-lo).valid(ok), (j-lo).valid(ok), c], [rb, ri, rj, rc], f"pad_{H}x{W}_{C}", True)
 
 def launch(kernel, shape:tuple[int, ...], *inputs:Tensor, grad_fxn=None) -> Tensor:
-  """The output, of `shape`, of a kernel; it lies like the first input, on one device or along its first axis on several."""
+  """The output, of `shape`, of a kernel.
+
+  It lies like the first input, on one device or along its first axis on several."""
   device = inputs[0].device
   out = Tensor.empty(*shape, device=device) if isinstance(device, str) else \
     Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], device=device).uop.unshard(axis=0))
   return out.custom_kernel(*(x.contiguous() for x in inputs), fxn=kernel, grad_fxn=grad_fxn)[0]
 
 def pad(x:Tensor, lo:int, hi:int) -> Tensor:
-  """x (B,H,W,C) with a border of zeros. On its own: fused with what makes x, the test for the border is made for each number."""
+  """x (B,H,W,C) with a border of zeros.
+
+  On its own: fused with what makes x, the test for the border is made for each number."""
   if lo == hi == 0: return x.contiguous()
   if not tiled(first_device(x)): return x.pad((None, (lo, hi), (lo, hi), None)).contiguous()
   B, H, W, C = x.shape
@@ -113,7 +245,8 @@ def pad(x:Tensor, lo:int, hi:int) -> Tensor:
 
 def column_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(A,R,C) each -> (A,C): the sum (or maximum) over r of their product."""
-  return launch(functools.partial(column_kernel, op=op, hand=tiled(first_device(xs[0]))), (xs[0].shape[0], xs[0].shape[2]), *xs)
+  return launch(functools.partial(column_kernel, op=op, hand=tiled(first_device(xs[0]))),
+                (xs[0].shape[0], xs[0].shape[2]), *xs)
 
 def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(...,N) each -> (...,1): as columns first, which vectorise."""
@@ -122,9 +255,10 @@ def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   return part.max(-1, keepdim=True) if op is Ops.MAX else part.sum(-1, keepdim=True)
 
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0) -> Tensor:
-  """x (B,H,W,C), padded by lo and hi, convolved with w (k,k,C,O), plus each of `adds`, whose axes of size 1 broadcast: (B,H',W',O).
+  """x (B,H,W,C), padded by lo and hi, convolved with w (k,k,C,O), plus each of `adds`: (B,H',W',O).
 
-  With w (B,k,k,C,O) every image has a kernel of its own. The gradients are convolutions as well: autodiff's take 4 times as long."""
+  The axes of size 1 of `adds` broadcast. With w (B,k,k,C,O) every image has a kernel of its own.
+  The gradients are convolutions as well: autodiff's take 4 times as long."""
   B, k, own = x.shape[0], w.shape[-3], w.ndim == 5
   H, W = [(n+lo+hi-k)//stride+1 for n in x.shape[1:3]]
   hand = tiled(first_device(x))
@@ -141,10 +275,13 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0)
       dx = dx.reshape(B, H, W, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, 2*H, 2*W, -1)
       gp, p = g, 0
     # dw: a sum for each of 8 groups of images, then over the groups: many short sums instead of one long one
-    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, hand=hand), (B if own else divisor(B, 8), *w.shape[1:]), xp, gp)
-    if not own: dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0, keepdim=True)
+    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, hand=hand),
+                (B if own else divisor(B, 8), *w.shape[1:]), xp, gp)
+    if not own:
+      dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else \
+        dw.sum(0, keepdim=True)
     def da(a:Tensor) -> UOp:
-      if a.shape[1] == H and a.shape[3] > 1: return g.uop
+      if a.shape == g.shape: return g.uop
       per_image = column_sum(g.reshape(B, H*W, -1))
       return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
     return None, dx.pad((None, (lo, hi), (lo, hi), None)).uop, dw.uop, *map(da, adds)
@@ -192,141 +329,43 @@ def softmax(s:Tensor) -> Tensor:
   e = (s - row_sum(s, op=Ops.MAX).contiguous()).exp().contiguous()
   return (e / row_sum(e).contiguous()).contiguous()
 
-# ***** 2. the layers *****
+# ***** 4. the device *****
 
-def fan_average(rng:np.random.Generator, *shape:int, scale:float=1.) -> Tensor:
-  """The authors' initialisation: uniform with variance scale · 2/(fan_in + fan_out)."""
-  limit = math.sqrt(6 * scale / (math.prod(shape[:-1]) + math.prod(shape[:-2])*shape[-1]))
-  return Tensor(rng.uniform(-limit, limit, shape).astype(np.float32))
+def clang() -> str|None:
+  """The C compiler for tinygrad's CPU device: $CC, else the newest clang.
 
-class Dense:
-  """x (B,C) -> x w + b (B,O)."""
-  def __init__(self, rng, c:int, o:int): self.weight, self.bias = fan_average(rng, c, o), Tensor(np.zeros(o, np.float32))
-  def __call__(self, x:Tensor) -> Tensor:
-    return convolve(x.reshape(x.shape[0], 1, 1, -1), self.weight[None, None], self.bias.reshape(1, 1, 1, -1)).reshape(x.shape[0], -1)
+  Debian and Ubuntu install it as clang-19 and the like."""
+  names = [os.environ["CC"]] if "CC" in os.environ else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
+  return next((c for n in names if (c := shutil.which(n))), None)
 
-class Conv:
-  """x (B,H,W,C) -> (B,H',W',O): k x k, padded to keep the size; with stride 2 padded by (0,1,0,1) to halve it."""
-  def __init__(self, rng, c:int, o:int, k:int=3, stride:int=1, scale:float=1.):
-    self.weight, self.bias, self.stride = fan_average(rng, k, k, c, o, scale=scale), Tensor(np.zeros(o, np.float32)), stride
-  def __call__(self, x:Tensor, *adds:Tensor) -> Tensor:
-    k = self.weight.shape[0]
-    lo, hi = (k//2, k//2) if self.stride == 1 else (0, 1)
-    return convolve(x, self.weight, self.bias.reshape(1, 1, 1, -1), *adds, stride=self.stride, lo=lo, hi=hi)
+def device() -> str:
+  """The device in use. RuntimeError, in one sentence, when tinygrad finds none or $DEV names one that is not there."""
+  if clang(): os.environ["CC"] = clang()
+  try: return Device[Device.DEFAULT].device
+  except Exception as e:
+    if os.environ.get("DEV", "CPU").upper().startswith("CPU") and not clang():
+      raise RuntimeError("no GPU was found and the CPU device needs clang: install it "
+                         "(Debian, Ubuntu: apt-get install clang; macOS: xcode-select --install) "
+                         "or set CC to where it is") from e
+    raise RuntimeError(f"tinygrad cannot open the device DEV={os.environ.get('DEV', '')} "
+                       f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
 
-class GroupNorm:
-  """x (B,H,W,C): mean 0 and variance 1 over each group of C/groups channels, then a scale and a shift for each channel."""
-  def __init__(self, c:int, groups:int):
-    self.weight, self.bias, self.groups = Tensor(np.ones(c, np.float32)), Tensor(np.zeros(c, np.float32)), groups
-  def __call__(self, x:Tensor, silu:bool=True) -> Tensor: return norm_function(self.groups, silu)(x, self.weight, self.bias)[0]
+@functools.cache
+def tiled(device:str) -> bool:
+  """True where kernels are tiled by hand: on the CPU, which tinygrad renders as C."""
+  if not device.startswith("CPU"): return False
+  # no float4 loads: they hold clang to 128-bit vectors, without them it takes the full width;
+  # and no guessed unrolling elsewhere
+  os.environ.update(DMC="1", NOOPT="1")
+  helpers.getenv.cache_clear()
+  helpers.NOOPT.value = 1
+  return True
 
-def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
-  """x with each number zeroed with probability p and the others divided by 1-p. The mask is a hash of seed and position."""
-  h = Tensor.arange(x.numel(), dtype=dtypes.uint32) * 0x9E3779B1 ^ (seed.to(first_device(x)) * 0x85EBCA77)
-  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): h = (h ^ (h >> shift)) * factor
-  keep = (h >= int(p * 2**32)).reshape(x.shape)
-  return (keep if isinstance(x.device, str) else keep.contiguous().shard(x.device, 0)).where(x, 0) / (1-p)
+os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")  # a compiling process lives for all kernels, not for 16
+try: tiled(device())  # before the first kernel is compiled, so that all processes that compile agree
+except RuntimeError: pass  # a program calls device() itself and says so
 
-class ResBlock:
-  """GroupNorm, SiLU, convolution; the time's projection added; GroupNorm, SiLU, dropout, convolution; x added."""
-  def __init__(self, rng, c:int, o:int, emb:int, groups:int, dropout:float, index:int):
-    self.index = index
-    self.norm1, self.conv1, self.temb = GroupNorm(c, groups), Conv(rng, c, o), Dense(rng, emb, o)
-    self.norm2, self.conv2, self.dropout = GroupNorm(o, groups), Conv(rng, o, o, scale=1e-10), dropout
-    if c != o: self.shortcut = Conv(rng, c, o, k=1)
-  def __call__(self, x:Tensor, emb:Tensor, seed:Tensor|None) -> Tensor:
-    x = x.contiguous_backward()
-    h = self.conv1(self.norm1(x), self.temb(emb).reshape(x.shape[0], 1, 1, -1))
-    h = self.norm2(h)
-    if seed is not None and self.dropout: h = dropout(h, self.dropout, seed + self.index)
-    return self.conv2(h, self.shortcut(x) if hasattr(self, "shortcut") else x)
-
-class Attention:
-  """Single-head self-attention over the H·W positions: x + out(softmax(q kᵀ / √C) v)."""
-  def __init__(self, rng, c:int, groups:int):
-    self.norm, self.q, self.k, self.v = GroupNorm(c, groups), Conv(rng, c, c, k=1), Conv(rng, c, c, k=1), Conv(rng, c, c, k=1)
-    self.out = Conv(rng, c, c, k=1, scale=1e-10)
-  def __call__(self, x:Tensor) -> Tensor:
-    B, H, W, C = x.shape
-    x = x.contiguous_backward()
-    h = self.norm(x, silu=False)
-    q, k, v = [f(h).reshape(B, 1, 1, H*W, C) for f in (self.q, self.k, self.v)]
-    # a product of matrices is a 1x1 convolution in which each image has a kernel of its own
-    a = softmax(convolve(q[:, 0] * C**-0.5, k.transpose(3, 4)))
-    return self.out(convolve(a, v).reshape(B, H, W, C), x)
-
-# ***** 3. the network *****
-
-class UNet:
-  """eps_theta(x_t, t), Appendix B. x (B,C,H,W), t (B,) int32 in 1..T, labels y (B,), num_classes for "no class"."""
-  def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2), num_res_blocks:int=2,
-               attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32, norm_groups:int=32,
-               num_classes:int=0, seed:int=0):
-    """Raises ValueError, in one sentence, for sizes that do not fit each other."""
-    self.config, halvings = {k: v for k, v in locals().items() if k != "self"}, len(channel_mult)-1
-    if min(in_channels, channels, num_res_blocks, image_size, norm_groups, *channel_mult) < 1 or num_classes < 0 or not channel_mult:
-      raise ValueError("every size of the network must be 1 or more")
-    if image_size % 2**halvings: raise ValueError(f"images of {image_size}x{image_size} do not divide by 2 for each of {halvings} levels: "
-      f"crop or pad them to a multiple of {2**halvings}, or take fewer levels (channel_mult)")
-    if channels % norm_groups: raise ValueError(f"{channels} channels do not divide into {norm_groups} groups (norm_groups)")
-    if channels % 2 or channels < 4: raise ValueError(f"channels must be even and at least 4, not {channels}: half of the embedding are sines")
-    if not 0 <= dropout < 1: raise ValueError(f"dropout must be from 0 up to below 1, not {dropout}")
-    rng, emb = np.random.default_rng(seed), 4*channels
-    count = itertools.count()
-    block = lambda c, o: ResBlock(rng, c, o, emb, norm_groups, dropout, next(count))
-    attend = lambda c, size: [Attention(rng, c, norm_groups)] if size in attn_resolutions else []
-    self.time1, self.time2 = Dense(rng, channels, emb), Dense(rng, emb, emb)
-    if num_classes: self.label = fan_average(rng, num_classes+1, emb)
-    self.conv_in = Conv(rng, in_channels, channels)
-    c, size, skips, self.down, self.up = channels, image_size, [channels], [], []
-    for i, m in enumerate(channel_mult):
-      for _ in range(num_res_blocks):
-        self.down.append([block(c, c := channels*m), *attend(c, size)])
-        skips.append(c)
-      if i < len(channel_mult)-1:
-        self.down.append([Conv(rng, c, c, stride=2)])
-        skips.append(c)
-        size //= 2
-    self.mid = [block(c, c), Attention(rng, c, norm_groups), block(c, c)]
-    for i, m in reversed(list(enumerate(channel_mult))):
-      for j in range(num_res_blocks+1):
-        self.up.append([block(c+skips.pop(), c := channels*m), *attend(c, size)])
-      if i > 0:
-        self.up[-1].append(Conv(rng, c, c))
-        size *= 2
-    self.norm_out, self.conv_out = GroupNorm(c, norm_groups), Conv(rng, c, in_channels, scale=1e-10)
-    Tensor.realize(*nn.state.get_parameters(self))
-
-  def embed(self, t:Tensor, y:Tensor|None) -> Tensor:
-    """sin and cos of (t-1) · 10000^(-i/(half-1)), then two linear layers: (B,4·channels). The authors count time from 0."""
-    half = self.config["channels"]//2
-    freq = Tensor(np.exp(-math.log(10000) * np.arange(half) / (half-1)).astype(np.float32), device=t.device)
-    angle = (t-1).cast(dtypes.float32).reshape(-1, 1) * freq
-    emb = self.time2(self.time1(angle.sin().cat(angle.cos(), dim=1)).silu())
-    if self.config["num_classes"]: emb = emb + y.one_hot(self.config["num_classes"]+1).float() @ self.label
-    return emb.silu().contiguous()
-
-  def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
-    """Dropout is on when a `seed` for it is given, uint32 (1,): the same seed drops the same numbers on every device."""
-    emb = self.embed(t, y)
-    apply = lambda layer, h: layer(h, emb, seed) if isinstance(layer, ResBlock) else layer(h)
-    h = self.conv_in(x.permute(0, 2, 3, 1))
-    skips = [h]
-    for layers in self.down:
-      for layer in layers: h = apply(layer, h)
-      skips.append(h)
-    for layer in self.mid: h = apply(layer, h)
-    for layers in self.up:
-      h = h.cat(skips.pop(), dim=-1).contiguous()
-      for layer in layers: h = layer(upsample(h)) if isinstance(layer, Conv) else apply(layer, h)
-    return self.conv_out(self.norm_out(h)).permute(0, 3, 1, 2)
-
-def upsample(x:Tensor) -> Tensor:
-  """Each pixel twice in both directions: (B,H,W,C) -> (B,2H,2W,C)."""
-  B, H, W, C = x.shape
-  return x.reshape(B, H, 1, W, 1, C).expand(B, H, 2, W, 2, C).reshape(B, 2*H, 2*W, C)
-
-# ***** 4. checkpoints: one safetensors file that carries the network's arguments *****
+# ***** 5. checkpoints: one safetensors file that carries the network's arguments *****
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
           "I16": np.int16, "I8": np.int8, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
@@ -344,7 +383,8 @@ def write_tensors(path:str|os.PathLike, tensors:dict[str, np.ndarray], meta:dict
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as f:
-      for part in (len(head).to_bytes(8, "little"), head, *(np.ascontiguousarray(v).data for v in tensors.values())): f.write(part)
+      for part in (len(head).to_bytes(8, "little"), head, *(np.ascontiguousarray(v).data for v in tensors.values())):
+        f.write(part)
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, path)
@@ -354,7 +394,9 @@ def write_tensors(path:str|os.PathLike, tensors:dict[str, np.ndarray], meta:dict
     except OSError: pass
 
 def read_tensors(path:str|os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """The tensors and the metadata of a safetensors file. ValueError unless every length, type, shape and offset is right."""
+  """The tensors and the metadata of a safetensors file.
+
+  ValueError unless every length, type, shape and offset is right."""
   def check(ok:bool, what:str):
     if not ok: raise ValueError(f"{path} is damaged or no safetensors file: {what}")
   try: raw = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.zeros(0, np.uint8)
@@ -369,11 +411,14 @@ def read_tensors(path:str|os.PathLike) -> tuple[dict[str, np.ndarray], dict[str,
   check(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "its metadata are not text")
   whole = lambda v, least: isinstance(v, list) and len(v) >= least and all(type(i) is int and 0 <= i < 2**48 for i in v)
   for spec in header.values():
-    check(isinstance(spec, dict) and spec.get("dtype") in DTYPES and whole(spec.get("shape"), 0) and len(spec["shape"]) <= 8 and
-          whole(spec.get("data_offsets"), 2) and len(spec["data_offsets"]) == 2, "a tensor has no valid type, shape or place")
+    check(isinstance(spec, dict) and str(spec.get("dtype")) in DTYPES and
+          whole(spec.get("shape"), 0) and len(spec["shape"]) <= 8 and
+          whole(spec.get("data_offsets"), 2) and len(spec["data_offsets"]) == 2,
+          "a tensor has no valid type, shape or place")
   for name, spec in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
     (a, b), dtype, shape = spec["data_offsets"], np.dtype(DTYPES[spec["dtype"]]), spec["shape"]
-    check(a == end and b <= len(data) and b-a == math.prod(shape)*dtype.itemsize, f"the tensor {name[:80]!r} does not lie where it should")
+    check(a == end and b <= len(data) and b-a == math.prod(shape)*dtype.itemsize,
+          f"the tensor {name[:80]!r} does not lie where it should")
     v = np.frombuffer(data[a:b].tobytes(), dtype).reshape(shape)
     tensors[name], end = (v.astype(np.uint32) << 16).view(np.float32) if spec["dtype"] == "BF16" else v, b
   check(end == len(data), "bytes are left over or missing")
@@ -383,9 +428,11 @@ def fill(model:UNet, tensors:dict[str, np.ndarray], path) -> UNet:
   """Puts the tensors into the model. ValueError naming the first that is missing, unknown or of another shape."""
   state = nn.state.get_state_dict(model)
   for names, what in ((state.keys()-tensors.keys(), "lacks"), (tensors.keys()-state.keys(), "has an unknown")):
-    if names: raise ValueError(f"{path} {what} tensor {min(names)!r}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}")
+    if names:
+      raise ValueError(f"{path} {what} tensor {min(names)!r}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}")
   for k, v in state.items():
-    if v.shape != tensors[k].shape: raise ValueError(f"{path}: tensor {k!r} has shape {tensors[k].shape}, the network needs {v.shape}")
+    if v.shape != tensors[k].shape:
+      raise ValueError(f"{path}: tensor {k!r} has shape {tensors[k].shape}, the network needs {v.shape}")
     if not np.isfinite(tensors[k]).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
     v.replace(Tensor(tensors[k].astype(np.float32), device=v.device))
   Tensor.realize(*state.values())
@@ -394,10 +441,13 @@ def fill(model:UNet, tensors:dict[str, np.ndarray], path) -> UNet:
 def build(config:dict, path) -> UNet:
   """The network of a checkpoint's arguments."""
   try: return UNet(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-  except (TypeError, AttributeError) as e: raise ValueError(f"{path} does not describe a network of this program: {e}") from e
+  except (TypeError, AttributeError) as e:
+    raise ValueError(f"{path} does not describe a network of this program: {e}") from e
 
 def save(path:str|os.PathLike, model:UNet, meta:dict|None=None, layout:str="ddpm", dtype:type=np.float32):
-  """Writes weights and arguments to one file, or with layout="diffusers" to a folder that diffusers reads. OSError if it cannot."""
+  """Writes weights and arguments to one file, or with layout="diffusers" to a folder that diffusers reads.
+
+  OSError if it cannot."""
   tensors = {k: v.numpy().astype(dtype) for k, v in nn.state.get_state_dict(model).items()}
   if layout == "ddpm": return write_tensors(path, tensors, {**(meta or {}), "unet": model.config})
   if layout != "diffusers": raise ValueError(f"layout must be 'ddpm' or 'diffusers', not {layout!r}")
@@ -414,26 +464,32 @@ def save(path:str|os.PathLike, model:UNet, meta:dict|None=None, layout:str="ddpm
     os.replace(temporary, pathlib.Path(path)/name)
 
 def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
-  """(model, meta) from a file of `save` or of train.py (its averaged weights, or with `raw` those being trained), from a folder in
-  diffusers' layout, or from the name of such a model on the hub, like google/ddpm-cifar10-32.
+  """(model, meta) from a file of `save` or of train.py (its averaged weights, or with `raw` those being trained),
+  from a folder in diffusers' layout, or from the name of such a model on the hub, like google/ddpm-cifar10-32.
 
-  Raises OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this program."""
+  Raises OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this
+  program."""
   if os.path.isdir(path): return load_diffusers(pathlib.Path(path))
-  if not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).endswith(".safetensors"):
+  if (not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+      and not str(path).endswith(".safetensors")):
     return load_diffusers(download(str(path)))
   if str(path).endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
     raise ValueError(f"{path} is a pickle, which can run any program when read: only safetensors files are loaded")
   tensors, metadata = read_tensors(path)
   try: config = (meta := json.loads(metadata["ddpm"]))["unet"]
-  except (KeyError, ValueError, TypeError, RecursionError): raise ValueError(f"{path} carries no description of its network: it was not saved by this program") from None
+  except (KeyError, ValueError, TypeError, RecursionError):
+    raise ValueError(f"{path} carries no description of its network: it was not saved by this program") from None
   if not isinstance(config, dict): raise ValueError(f"{path} carries no description of its network")
-  if raw and not any(k.startswith("raw.") for k in tensors): raise ValueError(f"{path} holds only averaged weights: the raw ones are in last.safetensors")
+  if raw and not any(k.startswith("raw.") for k in tensors):
+    raise ValueError(f"{path} holds only averaged weights: the raw ones are in last.safetensors")
   if any(k.startswith("ema.") for k in tensors):  # train.py's state: both sets of weights, and Adam's moments
     tensors = {k[4:]: v for k, v in tensors.items() if k.startswith("raw." if raw else "ema.")}
   return fill(build(config, path), tensors, path), meta
 
 def find_checkpoint(path:str|None, raw:bool=False) -> str:
-  """The file that a program's --checkpoint means: that of a run's folder; without one, that of the newest run, or the one shipped."""
+  """The file that a program's --checkpoint means: that of a run's folder.
+
+  Without one, that of the newest run, or the one shipped."""
   name = "last.safetensors" if raw else "ema.safetensors"
   if path: return str(run) if (run := pathlib.Path(path, name)).is_file() else str(path)
   if runs := sorted(pathlib.Path("runs").glob(f"*/{name}"), key=lambda f: f.stat().st_mtime): return str(runs[-1])
@@ -443,19 +499,23 @@ def find_checkpoint(path:str|None, raw:bool=False) -> str:
 
 # the layout of diffusers: other names, and (O,I,k,k) where we have (k,k,I,O)
 
-PARTS = {"temb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+PARTS = {"temb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm",
+         "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 OLD_PARTS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 def diffusers_names(model:UNet) -> list[tuple[str, str]]:
   """(our name, diffusers' name) of every tensor."""
-  prefixes = [("conv_in", "conv_in"), ("time1", "time_embedding.linear_1"), ("time2", "time_embedding.linear_2"), ("mid.0", "mid_block.resnets.0"),
-    ("mid.1", "mid_block.attentions.0"), ("mid.2", "mid_block.resnets.1"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")]
+  prefixes = [
+    ("conv_in", "conv_in"), ("time1", "time_embedding.linear_1"), ("time2", "time_embedding.linear_2"),
+    ("mid.0", "mid_block.resnets.0"), ("mid.1", "mid_block.attentions.0"), ("mid.2", "mid_block.resnets.1"),
+    ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")]
   for side, stack, sampler in (("down", model.down, "downsamplers"), ("up", model.up, "upsamplers")):
     level = j = 0
     for n, layers in enumerate(stack):
       for i, layer in enumerate(layers):
         kind = "resnets" if isinstance(layer, ResBlock) else "attentions"
-        prefixes.append((f"{side}.{n}.{i}", f"{side}_blocks.{level}.{sampler}.0.conv" if isinstance(layer, Conv) else f"{side}_blocks.{level}.{kind}.{j}"))
+        prefixes.append((f"{side}.{n}.{i}", f"{side}_blocks.{level}.{sampler}.0.conv" if isinstance(layer, Conv) else
+                                            f"{side}_blocks.{level}.{kind}.{j}"))
       if isinstance(layers[-1], Conv): level, j = level+1, 0
       else: j += 1
   table, names = dict(prefixes), []
@@ -475,10 +535,12 @@ def to_ours(v:np.ndarray, ndim:int) -> np.ndarray:
   elif v.ndim == 2: v = v.T
   return v[None, None] if v.ndim == 2 and ndim == 4 else v[0, 0] if v.ndim == 4 and ndim == 2 else v
 
-FIXED = {"act_fn": "silu", "norm_eps": 1e-6, "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "downsample_type": "conv",
-  "upsample_type": "conv", "time_embedding_type": "positional", "resnet_time_scale_shift": "default", "mid_block_scale_factor": 1,
-  "center_input_sample": False, "add_attention": True, "class_embed_type": None, "num_class_embeds": None, "attention_head_dim": None,
-  "attn_norm_num_groups": None, "time_embedding_dim": None}
+FIXED = {
+  "act_fn": "silu", "norm_eps": 1e-6, "freq_shift": 1, "flip_sin_to_cos": False,
+  "downsample_padding": 0, "downsample_type": "conv", "upsample_type": "conv",
+  "time_embedding_type": "positional", "resnet_time_scale_shift": "default", "mid_block_scale_factor": 1,
+  "center_input_sample": False, "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
+  "attention_head_dim": None, "attn_norm_num_groups": None, "time_embedding_dim": None}
 SCHEDULES = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
 SIGMAS = {"fixed_large": "beta", "fixed_small": "beta_tilde"}
 PREDICTS = {"epsilon": "eps", "sample": "x0"}
@@ -490,13 +552,20 @@ def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
   attn = [c["image_size"] >> i in c["attn_resolutions"] for i in range(len(c["channel_mult"]))]
   back = lambda table, v: next(k for k, w in table.items() if w == v)
   try:
-    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": d.get("T", 1000), "beta_start": d.get("beta_1", 1e-4),
-      "beta_end": d.get("beta_T", 0.02), "beta_schedule": back(SCHEDULES, d.get("schedule", "linear")),
-      "variance_type": back(SIGMAS, d.get("sigma", "beta")), "prediction_type": back(PREDICTS, d.get("predict", "eps")), "clip_sample": True}
+    scheduler = {
+      "_class_name": "DDPMScheduler", "num_train_timesteps": d.get("T", 1000),
+      "beta_start": d.get("beta_1", 1e-4), "beta_end": d.get("beta_T", 0.02),
+      "beta_schedule": back(SCHEDULES, d.get("schedule", "linear")),
+      "variance_type": back(SIGMAS, d.get("sigma", "beta")),
+      "prediction_type": back(PREDICTS, d.get("predict", "eps")), "clip_sample": True}
   except StopIteration: raise ValueError("the diffusers layout has no name for this schedule or prediction") from None
-  return {"_class_name": "UNet2DModel", **FIXED, "sample_size": c["image_size"], "in_channels": c["in_channels"], "out_channels": c["in_channels"],
-    "block_out_channels": [c["channels"]*m for m in c["channel_mult"]], "layers_per_block": c["num_res_blocks"], "norm_num_groups": c["norm_groups"],
-    "dropout": c["dropout"], "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attn], "mid_block_type": "UNetMidBlock2D",
+  return {
+    "_class_name": "UNet2DModel", **FIXED,
+    "sample_size": c["image_size"], "in_channels": c["in_channels"], "out_channels": c["in_channels"],
+    "block_out_channels": [c["channels"]*m for m in c["channel_mult"]],
+    "layers_per_block": c["num_res_blocks"], "norm_num_groups": c["norm_groups"], "dropout": c["dropout"],
+    "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attn],
+    "mid_block_type": "UNetMidBlock2D",
     "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attn)]}, scheduler
 
 def read_json(path:pathlib.Path) -> dict:
@@ -511,32 +580,47 @@ def from_diffusers(config:dict, path) -> dict:
   for key, value in FIXED.items():
     if config.get(key, value) not in (value, *({"act_fn": ["swish"]}.get(key, []))):
       raise ValueError(f"{path}: {key} = {config[key]!r} is not supported, only {value!r}")
+  for key in ("in_channels", "layers_per_block", "norm_num_groups", "sample_size"):
+    if type(config.get(key)) is not int: raise ValueError(f"{path}: {key} = {config.get(key)!r} is no whole number")
   try:
-    widths, size, down, up = config["block_out_channels"], config["sample_size"], list(config["down_block_types"]), list(config["up_block_types"])
-    args = dict(in_channels=int(config["in_channels"]), channels=int(widths[0]), num_res_blocks=int(config["layers_per_block"]),
-                dropout=float(config.get("dropout") or 0), norm_groups=int(config["norm_num_groups"]), image_size=int(size))
+    widths, size, down, up = (config["block_out_channels"], config["sample_size"],
+                              list(config["down_block_types"]), list(config["up_block_types"]))
+    args = dict(in_channels=int(config["in_channels"]), channels=int(widths[0]),
+                num_res_blocks=int(config["layers_per_block"]), dropout=float(config.get("dropout") or 0),
+                norm_groups=int(config["norm_num_groups"]), image_size=int(size))
     for kind in down+up:
-      if kind not in ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"): raise ValueError(f"{path}: the block type {kind!r} is not supported")
+      if kind not in ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"):
+        raise ValueError(f"{path}: the block type {kind!r} is not supported")
     attn = [d == "AttnDownBlock2D" for d in down]
-    if config.get("mid_block_type", "UNetMidBlock2D") != "UNetMidBlock2D": raise ValueError(f"{path}: mid_block_type = {config['mid_block_type']!r} is not supported")
+    if config.get("mid_block_type", "UNetMidBlock2D") != "UNetMidBlock2D":
+      raise ValueError(f"{path}: mid_block_type = {config['mid_block_type']!r} is not supported")
     if attn != [u == "AttnUpBlock2D" for u in reversed(up)] or len(widths) != len(down):
       raise ValueError(f"{path}: block_out_channels, down_block_types and up_block_types do not mirror each other")
-    if config["out_channels"] != config["in_channels"]: raise ValueError(f"{path}: out_channels = {config['out_channels']} differs from in_channels")
-    if any(w % widths[0] for w in widths): raise ValueError(f"{path}: block_out_channels = {widths} are not multiples of the first")
-    return args | dict(channel_mult=tuple(w//widths[0] for w in widths), attn_resolutions=tuple(size >> i for i, a in enumerate(attn) if a))
-  except (KeyError, TypeError, IndexError, ZeroDivisionError) as e: raise ValueError(f"{path} lacks or garbles an entry: {e}") from e
+    if config["out_channels"] != config["in_channels"]:
+      raise ValueError(f"{path}: out_channels = {config['out_channels']} differs from in_channels")
+    if any(w % widths[0] for w in widths):
+      raise ValueError(f"{path}: block_out_channels = {widths} are not multiples of the first")
+    return args | dict(channel_mult=tuple(w//widths[0] for w in widths),
+                       attn_resolutions=tuple(size >> i for i, a in enumerate(attn) if a))
+  except (KeyError, TypeError, IndexError, ZeroDivisionError, OverflowError) as e:
+    raise ValueError(f"{path} lacks or garbles an entry: {e}") from e
 
 def load_diffusers(folder:pathlib.Path) -> tuple[UNet, dict]:
   if (folder/"unet"/"config.json").exists(): folder = folder/"unet"
-  if not (folder/"config.json").exists(): raise ValueError(f"{folder} holds no config.json: it is no model in the diffusers layout")
-  single, index = folder/"diffusion_pytorch_model.safetensors", folder/"diffusion_pytorch_model.safetensors.index.json"
+  if not (folder/"config.json").exists():
+    raise ValueError(f"{folder} holds no config.json: it is no model in the diffusers layout")
+  single, index = (folder/"diffusion_pytorch_model.safetensors",
+                   folder/"diffusion_pytorch_model.safetensors.index.json")
   config = from_diffusers(read_json(folder/"config.json"), folder/"config.json")
   if single.exists(): files = [single]
   elif index.exists():
     parts = read_json(index).get("weight_map")
-    if not isinstance(parts, dict) or not all(isinstance(v, str) and os.path.basename(v) == v for v in parts.values()): raise ValueError(f"{index} has no valid weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(v, str) and os.path.basename(v) == v for v in parts.values()):
+      raise ValueError(f"{index} has no valid weight_map")
     files = [folder/f for f in sorted(set(parts.values()))]
-  elif any(folder.glob("*.bin")): raise ValueError(f"{folder} holds a pickle (.bin), which can run any program when read: only safetensors files are loaded")
+  elif any(folder.glob("*.bin")):
+    raise ValueError(f"{folder} holds a pickle (.bin), which can run any program when read: "
+                     "only safetensors files are loaded")
   else: raise ValueError(f"{folder} holds no diffusion_pytorch_model.safetensors")
   found = {k: v for f in files for k, v in read_tensors(f)[0].items()}
   model = build(config, folder)
@@ -546,15 +630,20 @@ def load_diffusers(folder:pathlib.Path) -> tuple[UNet, dict]:
     name = theirs if theirs in found else old
     if name not in found: raise ValueError(f"{folder} lacks the tensor {theirs!r}")
     tensors[ours] = to_ours(found.pop(name), state[ours].ndim)
-  if found: raise ValueError(f"{folder} has an unknown tensor {min(found)!r}{f' (and {len(found)-1} more)' if len(found) > 1 else ''}")
+  if found:
+    raise ValueError(f"{folder} has an unknown tensor {min(found)!r}"
+                     f"{f' (and {len(found)-1} more)' if len(found) > 1 else ''}")
   meta:dict = {"unet": model.config, "ddpm": {}, "source": str(folder)}
-  for s in (folder/"scheduler_config.json", folder/"scheduler"/"scheduler_config.json", folder.parent/"scheduler"/"scheduler_config.json"):
+  for s in (folder/"scheduler_config.json", folder/"scheduler"/"scheduler_config.json",
+            folder.parent/"scheduler"/"scheduler_config.json"):
     if not s.exists(): continue
     d = read_json(s)
     for key, table in (("beta_schedule", SCHEDULES), ("variance_type", SIGMAS), ("prediction_type", PREDICTS)):
-      if d.get(key, next(iter(table))) not in table: raise ValueError(f"{s}: {key} = {d[key]!r} is not supported")
-    meta["ddpm"] = dict(T=d.get("num_train_timesteps", 1000), beta_1=d.get("beta_start", 1e-4), beta_T=d.get("beta_end", 0.02),
-      schedule=SCHEDULES[d.get("beta_schedule", "linear")], sigma=SIGMAS[d.get("variance_type", "fixed_large")], predict=PREDICTS[d.get("prediction_type", "epsilon")])
+      if str(d.get(key, next(iter(table)))) not in table: raise ValueError(f"{s}: {key} = {d[key]!r} is not supported")
+    meta["ddpm"] = dict(
+      T=d.get("num_train_timesteps", 1000), beta_1=d.get("beta_start", 1e-4), beta_T=d.get("beta_end", 0.02),
+      schedule=SCHEDULES[d.get("beta_schedule", "linear")], sigma=SIGMAS[d.get("variance_type", "fixed_large")],
+      predict=PREDICTS[d.get("prediction_type", "epsilon")])
     meta["clip"] = bool(d.get("clip_sample", True))
     break
   return fill(model, tensors, folder), meta
@@ -562,9 +651,14 @@ def load_diffusers(folder:pathlib.Path) -> tuple[UNet, dict]:
 def download(name:str) -> pathlib.Path:
   """The folder of a model on the hub, fetched into tinygrad's cache. OSError, in one sentence, when that fails."""
   folder = pathlib.Path(helpers.cache_dir)/"downloads"/name
-  for file, needed in (("config.json", True), ("scheduler_config.json", False), ("diffusion_pytorch_model.safetensors", True)):
+  for file, needed in (("config.json", True), ("scheduler_config.json", False),
+                       ("diffusion_pytorch_model.safetensors", True)):
     try: helpers.fetch(f"https://huggingface.co/{name}/resolve/main/{file}", folder/file)
     except urllib.error.HTTPError as e:
-      if needed: raise OSError(f"the hub has no {file} for {name!r} ({e.code} {e.reason}), and there is no file or folder of that name here") from e
-    except OSError as e: raise OSError(f"{name!r} is neither a file nor a folder here, and it could not be downloaded: {getattr(e, 'reason', e)}") from e
+      if needed:
+        raise OSError(f"the hub has no {file} for {name!r} ({e.code} {e.reason}), "
+                      "and there is no file or folder of that name here") from e
+    except OSError as e:
+      raise OSError(f"{name!r} is neither a file nor a folder here, and it could not be downloaded: "
+                    f"{getattr(e, 'reason', e)}") from e
   return folder
