@@ -26,7 +26,7 @@ table2: setup
 	@for f in runs/table2/$(DATASET)-*/bound.json; do echo "$$(basename $$(dirname $$f)): $$($(PY) -c 'import json, sys; b = json.load(open(sys.argv[1])); print("%.3f +- %.3f bits/dim" % (b["bits_per_dim"], b["standard_error"]))' $$f)"; done
 
 setup: .venv/ready
-	@$(PY) -c 'import unet; unet.device()' 2>/dev/null || sh ./setup.sh $(PY)
+	@$(PY) -c 'import sys, unet; sys.exit(unet.device().startswith("CPU") and unet.outdated_clang())' 2>/dev/null || sh ./setup.sh $(PY)
 
 .venv/ready: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: apt-get install python3 python3-venv; macOS: brew install python)" >&2; exit 1; }

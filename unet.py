@@ -1,6 +1,6 @@
 """The network of DDPM, Appendix B: a U-Net that sees the noisy image x_t and the time t and returns an image."""
 from __future__ import annotations
-import functools, itertools, json, math, os, pathlib, re, shutil, urllib.error
+import functools, itertools, json, math, os, pathlib, re, shutil, subprocess, urllib.error
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, function, helpers, nn
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
@@ -175,46 +175,46 @@ def summed(sizes:tuple[int, ...], axis:int, value, op:Ops=Ops.ADD) -> UOp:
   v = value(*(UOp.const(0, dtypes.weakint) if r is None else r for r in ranges))
   return v.reduce(*loops, arg=op) if (loops := [r for r in ranges if r is not None]) else v
 
-def register_tile(macs:int) -> tuple[int, int]:
+def register_tile(macs:int, lanes:int) -> tuple[int, int]:
   """How many channels and how many pixels a kernel keeps in registers.
 
-  16 x 8 runs at near the processor's peak, but takes 0.4 s to compile, which only a kernel with much to do is worth."""
-  return 16 if macs > 2**16 else 1, 8 if macs > 2**24 else 1
+  A full vector times 8 runs at near the processor's peak, but takes 0.4 s to compile: only much work is worth it."""
+  return max(1, lanes) if macs > 2**16 else 1, 8 if lanes and macs > 2**24 else 1
 
-def sink(out:UOp, value:UOp, ranges:list[list[UOp]], name:str, hand:bool) -> UOp:
+def sink(out:UOp, value:UOp, ranges:list[list[UOp]], name:str, lanes:int) -> UOp:
   return out.store(value).end(*(r for rs in ranges for r in rs)).sink(
-    arg=KernelInfo(name, opts_to_apply=() if hand else None))
+    arg=KernelInfo(name, opts_to_apply=() if lanes else None))
 
-def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, hand:bool) -> UOp:
+def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, lanes:int) -> UOp:
   """y[b,h,v,o] = Σ add[b,h,v,o] + Σ_ijc x[b, s·h+i, s·v+j, c] w[b,i,j,c,o]: channels last, x padded already."""
   (B, H, W, O), (n, k, _, C, _) = y.shape, w.shape
-  lanes, pixels = register_tile(B*H*W*O*k*k*C) if hand else (1, 1)
+  channels, pixels = register_tile(B*H*W*O*k*k*C, lanes)
   th = divisor(H, pixels//(tw := divisor(W, pixels)))
   (b, rb), (h, rh), (v, rv), (o, ro) = [tile(n, t, i) for i, (n, t) in
-    enumerate(((B, divisor(B, pixels//(tw*th))), (H, th), (W, tw), (O, divisor(O, lanes))))]
+    enumerate(((B, divisor(B, pixels//(tw*th))), (H, th), (W, tw), (O, divisor(O, channels))))]
   acc = summed((k, k, C), 4, lambda i, j, c: x[b, h*stride+i, v*stride+j, c] * w[b if n > 1 else 0, i, j, c, o])
   for a in adds: acc = acc + a[tuple(idx if n > 1 else 0 for idx, n in zip((b, h, v, o), a.shape))]
-  return sink(y[b, h, v, o], acc, [rb, rh, rv, ro], f"conv{k}_{H}x{W}_{C}_{O}", hand)
+  return sink(y[b, h, v, o], acc, [rb, rh, rv, ro], f"conv{k}_{H}x{W}_{C}_{O}", lanes)
 
-def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, hand:bool) -> UOp:
+def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, lanes:int) -> UOp:
   """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o] over the images b of group n.
 
   g has a border of p to skip."""
   (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
-  lanes, rows = register_tile(B*(H-2*p)*(W-2*p)*O*k*k*C) if hand else (1, 1)
-  to = divisor(O, lanes)
+  channels, rows = register_tile(B*(H-2*p)*(W-2*p)*O*k*k*C, lanes)
+  to = divisor(O, channels)
   (n, rn), (i, ri), (j, rj), (c, rc), (o, ro) = [tile(s, t, a) for a, (s, t) in
     enumerate(((G, 1), (k, 1), (k, 1), (C, divisor(C, rows if to > 4 else 4*rows)), (O, to)))]
   acc = summed((B//G, H-2*p, W-2*p), 5,
     lambda b, h, v: x[n*(B//G)+b, h*stride+i, v*stride+j, c] * g[n*(B//G)+b, h+p, v+p, o])
-  return sink(dw[n, i, j, c, o], acc, [rn, ri, rj, rc, ro], f"weight{k}_{H}x{W}_{C}_{O}", hand)
+  return sink(dw[n, i, j, c, o], acc, [rn, ri, rj, rc, ro], f"weight{k}_{H}x{W}_{C}_{O}", lanes)
 
-def column_kernel(y:UOp, *xs:UOp, op:Ops, hand:bool) -> UOp:
+def column_kernel(y:UOp, *xs:UOp, op:Ops, lanes:int) -> UOp:
   """y[a,c] = Σ_r Π x[a,r,c], or the maximum over r."""
   A, R, C = xs[0].shape
-  (a, ra), (c, rc) = tile(A, 1, 0), tile(C, divisor(C, 16) if hand else 1, 1)
+  (a, ra), (c, rc) = tile(A, 1, 0), tile(C, divisor(C, lanes or 1), 1)
   acc = summed((R,), 2, lambda r: functools.reduce(UOp.mul, (x[a, r, c] for x in xs)), op)
-  return sink(y[a, c], acc, [ra, rc], f"column_{A}_{R}_{C}", hand)
+  return sink(y[a, c], acc, [ra, rc], f"column_{A}_{R}_{C}", lanes)
 
 def pad_kernel(y:UOp, x:UOp, lo:int) -> UOp:
   """y = x with a border of zeros."""
@@ -238,14 +238,14 @@ def pad(x:Tensor, lo:int, hi:int) -> Tensor:
 
   On its own: fused with what makes x, the test for the border is made for each number."""
   if lo == hi == 0: return x.contiguous()
-  if not tiled(first_device(x)): return x.pad((None, (lo, hi), (lo, hi), None)).contiguous()
+  if not vector_lanes(first_device(x)): return x.pad((None, (lo, hi), (lo, hi), None)).contiguous()
   B, H, W, C = x.shape
   return launch(functools.partial(pad_kernel, lo=lo), (B, H+lo+hi, W+lo+hi, C), x,
                 grad_fxn=lambda g, call: (None, g.shrink((None, (lo, lo+H), (lo, lo+W), None))))
 
 def column_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(A,R,C) each -> (A,C): the sum (or maximum) over r of their product."""
-  return launch(functools.partial(column_kernel, op=op, hand=tiled(first_device(xs[0]))),
+  return launch(functools.partial(column_kernel, op=op, lanes=vector_lanes(first_device(xs[0]))),
                 (xs[0].shape[0], xs[0].shape[2]), *xs)
 
 def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
@@ -261,7 +261,7 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0)
   The gradients are convolutions as well: autodiff's take 4 times as long."""
   B, k, own = x.shape[0], w.shape[-3], w.ndim == 5
   H, W = [(n+lo+hi-k)//stride+1 for n in x.shape[1:3]]
-  hand = tiled(first_device(x))
+  lanes = vector_lanes(first_device(x))
 
   def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
     _, xp, w, *adds = [Tensor(u) for u in call.src[1:]]
@@ -275,7 +275,7 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0)
       dx = dx.reshape(B, H, W, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, 2*H, 2*W, -1)
       gp, p = g, 0
     # dw: a sum for each of 8 groups of images, then over the groups: many short sums instead of one long one
-    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, hand=hand),
+    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, lanes=lanes),
                 (B if own else divisor(B, 8), *w.shape[1:]), xp, gp)
     if not own:
       dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else \
@@ -286,7 +286,7 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0)
       return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
     return None, dx.pad((None, (lo, hi), (lo, hi), None)).uop, dw.uop, *map(da, adds)
 
-  return launch(functools.partial(conv_kernel, stride=stride, hand=hand), (B, H, W, w.shape[-1]),
+  return launch(functools.partial(conv_kernel, stride=stride, lanes=lanes), (B, H, W, w.shape[-1]),
                 pad(x, lo, hi), w if own else w.unsqueeze(0), *adds, grad_fxn=grad)
 
 @functools.cache
@@ -351,18 +351,30 @@ def device() -> str:
                        f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
 
 @functools.cache
-def tiled(device:str) -> bool:
-  """True where kernels are tiled by hand: on the CPU, which tinygrad renders as C."""
-  if not device.startswith("CPU"): return False
+def wide_vectors() -> bool:
+  """Whether the processor has vectors of 512 bits."""
+  try: return "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
+  except OSError: return False
+
+@functools.cache
+def outdated_clang() -> bool:
+  """Whether clang is older than 18 and so uses a quarter of such vectors: training takes three times as long."""
+  version = subprocess.run([clang() or "clang", "--version"], capture_output=True, text=True).stdout
+  return wide_vectors() and int((re.search(r"version (\d+)", version) or [0, 0])[1]) < 18
+
+@functools.cache
+def vector_lanes(device:str) -> int:
+  """Numbers in a vector where kernels are tiled by hand: on the CPU, which tinygrad renders as C. 0 elsewhere."""
+  if not device.startswith("CPU"): return 0
   # no float4 loads: they hold clang to 128-bit vectors, without them it takes the full width;
   # and no guessed unrolling elsewhere
   os.environ.update(DMC="1", NOOPT="1")
   helpers.getenv.cache_clear()
   helpers.NOOPT.value = 1
-  return True
+  return 16 if wide_vectors() and not outdated_clang() else 8
 
 os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")  # a compiling process lives for all kernels, not for 16
-try: tiled(device())  # before the first kernel is compiled, so that all processes that compile agree
+try: vector_lanes(device())  # before the first kernel is compiled, so that all processes that compile agree
 except RuntimeError: pass  # a program calls device() itself and says so
 
 # ***** 5. checkpoints: one safetensors file that carries the network's arguments *****
