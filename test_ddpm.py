@@ -3,7 +3,7 @@
   make test                         all of them
   .venv/bin/python -m pytest -q test_ddpm.py -k ddpm      one section: ddpm, unet, data, train, sample or evaluate
 """
-import contextlib, functools, gzip, hashlib, http.server, inspect, io, json, math, os, pathlib, re, stat, subprocess, sys, tarfile, threading, time
+import contextlib, functools, gzip, hashlib, http.server, inspect, io, json, math, os, pathlib, re, signal, stat, subprocess, sys, tarfile, threading, time
 import tracemalloc, types, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,7 @@ import data, evaluate, sample, train
 from ddpm import DDPM, column, discretized_log_likelihood, kl_normal, log_cdf
 from evaluate import auc, bound, geometric, ode_bpd, ode_log_density, rate_distortion, times, trajectory_bound
 from sample import SAMPLERS, ddim_encode, ddim_step, draw_x_T, generators, guided, normals, timesteps
-from tinygrad import Device, Tensor, TinyJit, nn
+from tinygrad import Device, GlobalCounters, Tensor, TinyJit, nn
 
 close = np.testing.assert_allclose
 rng = lambda seed=0: np.random.default_rng(seed)
@@ -681,11 +681,12 @@ def step_once(accum=1, gpus=1, steps=2, **flags):
       h = np.array([k > 0, k == accum-1, *train.hyper(a, n)], np.float32)
       before = {name: state.fetch(f)[:state.size].copy() for name, f in state.flat.items()}
       loss, norm = step(*(state.lay(v[k*part:(k+1)*part]).realize() for v in (x, t, eps, y)), state.lay(seeds[k], None).realize(), state.lay(h, None).realize())
-      seen.append((state.fetch(loss), float(state.fetch(norm)), before, {name: state.fetch(f)[:state.size].copy() for name, f in state.flat.items()}, h))
+      after = {name: state.fetch(f)[:state.size].copy() for name, f in state.flat.items()}
+      seen.append((state.fetch(loss), float(state.fetch(norm)), before, after, h, GlobalCounters.mem_used))
   return seen
 
 def test_adam_clipping_and_average_against_float64():
-  for _, norm, before, after, h in step_once(clip=0.5):
+  for _, norm, before, after, h, _ in step_once(clip=0.5):
     g = after["grad"].astype(np.float64)
     assert abs(norm - np.sqrt((g*g).sum())) < 1e-4 * norm
     g *= min(1, 0.5/norm)
@@ -739,16 +740,30 @@ def test_no_device_and_no_compiler(tmp_path):
                        env={**os.environ, **env, "XDG_CACHE_HOME": str(tmp_path)})
     assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
 
-def test_killed_runs_end_with_the_same_bytes(tmp_path):
+def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path):
   command = [sys.executable, str(pathlib.Path(__file__).parent/"train.py"), *SMALL, "--steps", "12", "--save-every", "2"]
+  log = tmp_path/"stopped"/"log.jsonl"
   run(tmp_path/"whole", "--steps", 12, "--save-every", 2)
-  for wait in (1, 4):  # killed once the log has that many lines, and left alone the third time
-    p = subprocess.Popen([*command, "--out", str(tmp_path/"killed")], stderr=subprocess.DEVNULL)
-    while p.poll() is None and not ((log := tmp_path/"killed"/"log.jsonl").exists() and log.read_text().count("\n") > wait): time.sleep(0.01)
-    p.kill()
-    p.wait()
-  run(tmp_path/"killed", "--steps", 12, "--save-every", 2)
-  assert contents(tmp_path/"whole") == contents(tmp_path/"killed") and losses(tmp_path/"whole") == losses(tmp_path/"killed")
+  for lines, how in ((1, signal.SIGKILL), (4, signal.SIGINT)):  # stopped once the log has more lines than that
+    p = subprocess.Popen([*command, "--out", str(tmp_path/"stopped")], stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and not (log.exists() and log.read_text().count("\n") > lines): time.sleep(0.002)
+    p.send_signal(how)
+    says = p.communicate()[1]
+    if how == signal.SIGINT:  # Ctrl-C saves the step it is at
+      assert p.returncode == 130 and "run the same command again" in says
+      assert json.loads(unet.read_tensors(tmp_path/"stopped"/"last.safetensors")[1]["ddpm"])["step"] == len(losses(tmp_path/"stopped"))
+  run(tmp_path/"stopped", "--steps", 12, "--save-every", 2)
+  assert contents(tmp_path/"whole") == contents(tmp_path/"stopped") and losses(tmp_path/"whole") == losses(tmp_path/"stopped")
+
+def test_memory_does_not_grow():
+  used = [seen[-1] for seen in step_once(steps=20)]
+  assert len(set(used[3:])) == 1
+
+@pytest.mark.parametrize("predict,loss,sigma", [("mu", "vlb", "beta"), ("x0", "simple", "beta_tilde")])
+def test_other_rows_of_table_2_and_labels(tmp_path, predict, loss, sigma):
+  run(tmp_path, "--steps", 1, "--predict", predict, "--loss", loss, "--sigma", sigma, "--class-conditional")
+  model, meta = unet.load(tmp_path/"ema.safetensors")
+  assert meta["ddpm"] == {"T": 50, "schedule": "linear", "sigma": sigma, "predict": predict} and model.config["num_classes"] == 10
 
 # ***** data.py *****
 

@@ -251,10 +251,12 @@ def main(argv:list[str]|None=None):
   if begun >= a.steps:
     return print(f"{out} has {begun} steps already: --steps {a.steps} asks for no more", file=sys.stderr)
 
-  # the same 36 latents each time, so that pictures compare;
+  # the same latents each time, so that pictures compare;
   # DDIM with 50 steps (not in the paper) takes a 20th of Algorithm 2's time
-  x_T, jits, null = (sample.draw_x_T(36, (C, H, W), a.seed), {},
-                     Tensor(np.full(36, classes, np.int32)).realize() if classes else None)
+  shown = max(1, 36//a.gpus) * a.gpus
+  x_T = state.lay(sample.draw_x_T(shown, (C, H, W), a.seed).numpy()).realize()
+  null, jits = state.lay(np.full(shown, classes, np.int32)).realize() if classes else None, {}
+
   def save(step:int):
     meta = {"ddpm": ddpm_args, "dataset": a.dataset, "step": step}
     draw_curve(out/"loss.png", log)
@@ -266,7 +268,7 @@ def main(argv:list[str]|None=None):
   def show(step:int):
     for _, _, x0 in sample.SAMPLERS["ddim"](ddpm, lambda x, t: state.average(x, t, null), x_T,
                                             min(50, a.T), a.seed, jits=jits): pass
-    grid = data.to_uint8(x0.numpy())
+    grid = data.to_uint8(state.fetch(x0))
     for path in (out/"samples.png", out/"samples"/f"{step:06d}.png"): data.save_png(path, data.grid(grid))
     if sys.stdout.isatty(): print(data.to_terminal(grid[:8]))
 
