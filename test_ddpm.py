@@ -1,10 +1,11 @@
-"""Tests by independent calculation: closed forms, float64, numerical integration, brute force; never the code's own output.
+"""Tests by independent calculation: closed forms, float64, numerical integration, brute force;
+never the code's own output.
 
   make test                         all of them
   .venv/bin/python -m pytest -q test_ddpm.py -k ddpm      one section: ddpm, unet, data, train, sample or evaluate
 """
-import contextlib, functools, gzip, hashlib, http.server, inspect, io, json, math, os, pathlib, re, signal, stat, subprocess, sys, tarfile, threading, time
-import tracemalloc, types, zipfile, zlib
+import contextlib, functools, gzip, hashlib, http.server, inspect, io, json, math, os, pathlib, re, signal, stat
+import subprocess, sys, tarfile, threading, time, tracemalloc, types, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -137,14 +138,15 @@ def test_posterior_in_float32_for_every_t(schedule):
   T = np.arange(1, 1001)
   t, s = np.concatenate([[T, T - 1], [T, T // 2], [T, T * 0], [T, np.maximum(T - 10, 0)], [T, np.minimum(T - 1, 1)]], 1)
   N = len(t)
-  beta, log_alpha_bar = d.beta.astype(np.longdouble), np.cumsum(np.log1p(-d.beta.astype(np.longdouble)))
+  log_alpha_bar = np.cumsum(np.log1p(-d.beta.astype(np.longdouble)))
   one_minus, ab_s = -np.expm1(log_alpha_bar), np.exp(log_alpha_bar[s])
   a_ts, b_ts = np.exp(log_alpha_bar[t] - log_alpha_bar[s]), -np.expm1(log_alpha_bar[t] - log_alpha_bar[s])
   ratio = one_minus[s] / one_minus[t]
   want = [np.sqrt(ab_s) * b_ts / one_minus[t], np.sqrt(a_ts) * ratio, ratio * b_ts]
   for i in (0, 500, 999, 1300, 1999, 3900): # the reference itself against products
     assert [float(w[i]) for w in want] == pytest.approx(posterior(d, int(t[i]), int(s[i])), rel=1e-7, abs=1e-12)
-  for _ in range(3): got = both(at_times(*t).realize(), at_times(*s).realize())  # the third call replays the JIT's graph
+  for _ in range(3):  # the third call replays the JIT's graph
+    got = both(at_times(*t).realize(), at_times(*s).realize())
   for g, w in zip(got, want):
     close(vec(g), w.astype(np.float64), rtol=5e-6, atol=0)
   assert (vec(got[0])[s == 0] == 1).all() and (vec(got[1])[s == 0] == 0).all() and (vec(got[2])[s == 0] == 0).all()
@@ -428,14 +430,17 @@ def test_bad_shape_in_eq13():
 # ***** unet.py *****
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR", pathlib.Path(__file__).parent.parent/"shared"/"golden"))
-TINY = dict(in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, image_size=8, norm_groups=4)
+TINY = dict(in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0,
+            image_size=8, norm_groups=4)
 
-def arr(*shape, seed=0, scale=1.0): return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
+def arr(*shape, seed=0, scale=1.0):
+  return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
 
 def conv_by_hand(x, w, stride, lo, hi):
   x, k = np.pad(x.astype(np.float64), ((0, 0), (lo, hi), (lo, hi), (0, 0))), w.shape[0]
   H, W = [(n-k)//stride+1 for n in x.shape[1:3]]
-  return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+stride*H:stride, j:j+stride*W:stride], w[i, j]) for i in range(k) for j in range(k))
+  return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+stride*H:stride, j:j+stride*W:stride], w[i, j])
+             for i in range(k) for j in range(k))
 
 def gradients(f, *arrays, seed=7):
   """The gradients of Σ r f(arrays) for a fixed random r, by tinygrad, and r."""
@@ -450,8 +455,9 @@ def slope(f, arrays, i, r, h=1e-4):
   at = lambda s: float((r * f(*(a + s*h*d if j == i else a.astype(np.float64) for j, a in enumerate(arrays)))).sum())
   return (at(1) - at(-1)) / (2*h), d
 
-@pytest.mark.parametrize("B,S,C,O,k,stride,lo,hi", [(2, 6, 5, 16, 3, 1, 1, 1), (8, 4, 16, 3, 3, 1, 1, 1), (3, 6, 4, 8, 3, 2, 0, 1), (2, 3, 16, 32, 1, 1, 0, 0),
-                                                    (4, 1, 8, 8, 1, 1, 0, 0), (2, 8, 1, 4, 3, 2, 0, 1)])
+@pytest.mark.parametrize("B,S,C,O,k,stride,lo,hi", [
+  (2, 6, 5, 16, 3, 1, 1, 1), (8, 4, 16, 3, 3, 1, 1, 1), (3, 6, 4, 8, 3, 2, 0, 1), (2, 3, 16, 32, 1, 1, 0, 0),
+  (4, 1, 8, 8, 1, 1, 0, 0), (2, 8, 1, 4, 3, 2, 0, 1)])
 def test_convolution_and_its_gradients(B, S, C, O, k, stride, lo, hi):
   x, w, bias = arr(B, S, S, C), arr(k, k, C, O, seed=1), arr(1, 1, 1, O, seed=2)
   H = (S+lo+hi-k)//stride+1
@@ -491,9 +497,11 @@ def test_group_norm_and_its_gradients(silu):
 
 def test_group_norm_far_from_zero():
   x = arr(2, 4, 4, 8) + 300  # Σx² − (Σx)² in float32 would lose the variance
-  y = unet.norm_function(4, False)(Tensor(x), Tensor(np.ones(8, np.float32)), Tensor(np.zeros(8, np.float32)))[0].numpy()
+  y = unet.norm_function(4, False)(Tensor(x), Tensor(np.ones(8, np.float32)),
+                                   Tensor(np.zeros(8, np.float32)))[0].numpy()
   v = x.astype(np.float64).reshape(2, 16, 4, 2)
-  np.testing.assert_allclose(y.reshape(v.shape), (v - v.mean((1, 3), keepdims=True)) / v.std((1, 3), keepdims=True), atol=2e-3)
+  np.testing.assert_allclose(y.reshape(v.shape), (v - v.mean((1, 3), keepdims=True)) / v.std((1, 3), keepdims=True),
+                             atol=2e-3)
 
 def test_softmax_and_its_gradient():
   s = arr(2, 1, 5, 28, scale=30)
@@ -540,18 +548,21 @@ def test_initialisation():
 def random_model(**kw):
   """A network whose last layers are not near 0, so that every weight has an influence."""
   model = unet.UNet(**{**TINY, **kw})
-  for i, p in enumerate(nn.state.get_parameters(model)): p.replace(Tensor(p.numpy() + arr(*p.shape, seed=i, scale=0.1)).realize())
+  for i, p in enumerate(nn.state.get_parameters(model)):
+    p.replace(Tensor(p.numpy() + arr(*p.shape, seed=i, scale=0.1)).realize())
   return model
 
 def test_gradients_of_the_network_by_finite_differences():
   model = random_model(num_classes=2)
-  x, t, y, r = Tensor(arr(4, 1, 8, 8)), Tensor(np.array([1, 5, 500, 1000], np.int32)), Tensor(np.array([0, 1, 2, 1], np.int32)), Tensor(arr(4, 1, 8, 8, seed=1))
+  x, t, y, r = (Tensor(arr(4, 1, 8, 8)), Tensor(np.array([1, 5, 500, 1000], np.int32)),
+                Tensor(np.array([0, 1, 2, 1], np.int32)), Tensor(arr(4, 1, 8, 8, seed=1)))
   for v in (x, t, y, r): v.realize()
   f = TinyJit(lambda: (model(x, t, y) * r).sum().realize())
   names, params = zip(*nn.state.get_state_dict(model).items())
   grads = (model(x, t, y) * r).sum().gradient(*params)
   Tensor.realize(*grads)
-  for pick in ("conv_in.weight", "time1.weight", "label", "down.0.0.temb.weight", "down.1.0.weight", "mid.1.q.weight", "up.1.0.shortcut.weight", "up.1.2.bias", "norm_out.weight"):
+  for pick in ("conv_in.weight", "time1.weight", "label", "down.0.0.temb.weight", "down.1.0.weight", "mid.1.q.weight",
+               "up.1.0.shortcut.weight", "up.1.2.bias", "norm_out.weight"):
     p, g = params[names.index(pick)], grads[names.index(pick)].numpy()
     kept, d = p.numpy(), np.sign(g) * (np.abs(g) > np.median(np.abs(g)))
     h = 3e-3
@@ -572,26 +583,31 @@ def test_known_answers(case, tmp_path):
   unet.save(tmp_path/"copy", model, {"ddpm": {"T": 50}}, layout="diffusers")
   again, meta = unet.load(tmp_path/"copy")
   assert meta["ddpm"]["T"] == 50
-  for (k, v), w in zip(nn.state.get_state_dict(model).items(), nn.state.get_parameters(again)): assert np.array_equal(v.numpy(), w.numpy()), k
+  for (k, v), w in zip(nn.state.get_state_dict(model).items(), nn.state.get_parameters(again)):
+    assert np.array_equal(v.numpy(), w.numpy()), k
 
 def test_checkpoint_round_trip_and_refusals(tmp_path):
   model = random_model(num_classes=3)
   unet.save(tmp_path/"a.safetensors", model, {"ddpm": {"T": 7}, "dataset": "x"})
   again, meta = unet.load(tmp_path/"a.safetensors")
   assert meta["ddpm"] == {"T": 7} and tuple(again.config["channel_mult"]) == (1, 2)
-  for v, w in zip(nn.state.get_parameters(model), nn.state.get_parameters(again)): assert np.array_equal(v.numpy(), w.numpy())
+  for v, w in zip(nn.state.get_parameters(model), nn.state.get_parameters(again)):
+    assert np.array_equal(v.numpy(), w.numpy())
   with pytest.raises(OSError): unet.load(tmp_path/"missing.safetensors")
   (tmp_path/"p.bin").write_bytes(b"\x80\x04")
   with pytest.raises(ValueError, match="pickle"): unet.load(tmp_path/"p.bin")
   tensors, _ = unet.read_tensors(tmp_path/"a.safetensors")
-  for change, match in ((lambda t: t.pop("mid.1.q.bias"), "lacks tensor 'mid.1.q.bias'"), (lambda t: t.update(extra=np.zeros(1, np.float32)), "unknown tensor 'extra'"),
+  for change, match in ((lambda t: t.pop("mid.1.q.bias"), "lacks tensor 'mid.1.q.bias'"),
+                        (lambda t: t.update(extra=np.zeros(1, np.float32)), "unknown tensor 'extra'"),
                         (lambda t: t.update({"conv_in.bias": np.zeros(9, np.float32)}), "conv_in.bias.*shape"),
                         (lambda t: t.update({"conv_in.bias": np.full(8, np.nan, np.float32)}), "not finite")):
     changed = dict(tensors)
     change(changed)
     unet.write_tensors(tmp_path/"b.safetensors", changed, {"unet": model.config})
     with pytest.raises(ValueError, match=match): unet.load(tmp_path/"b.safetensors")
-  for key, value, match in (("act_fn", "relu", "act_fn"), ("down_block_types", ["ResnetDownsampleBlock2D", "DownBlock2D"], "ResnetDownsampleBlock2D"), ("norm_eps", 1e-5, "norm_eps")):
+  for key, value, match in (("act_fn", "relu", "act_fn"),
+                            ("down_block_types", ["ResnetDownsampleBlock2D", "DownBlock2D"], "ResnetDownsampleBlock2D"),
+                            ("norm_eps", 1e-5, "norm_eps")):
     config, _ = unet.to_diffusers(unet.UNet(**TINY), {})
     (tmp_path/"d").mkdir(exist_ok=True)
     (tmp_path/"d"/"config.json").write_text(json.dumps(config | {key: value}))
@@ -625,7 +641,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   before = (tmp_path/"a.safetensors").read_bytes()
   def full(*_): raise OSError(28, "No space left on device")
   monkeypatch.setattr(os, "fsync", full)
-  with pytest.raises(OSError, match="a.safetensors.*No space left"): unet.write_tensors(tmp_path/"a.safetensors", {"x": arr(30)}, {})
+  with pytest.raises(OSError, match="a.safetensors.*No space left"):
+    unet.write_tensors(tmp_path/"a.safetensors", {"x": arr(30)}, {})
   assert (tmp_path/"a.safetensors").read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
 
 def test_dropout():
@@ -638,22 +655,27 @@ def test_dropout():
 
 # ***** train.py *****
 
-SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "", "--norm-groups", "4", "--sample-every", "0", "--T", "50"]
+SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "",
+         "--norm-groups", "4", "--sample-every", "0", "--T", "50"]
 
 def run(out, *flags): train.main([*SMALL, "--out", str(out), *map(str, flags)])
 
-def contents(out): return {f.name: f.read_bytes() for f in sorted(pathlib.Path(out).iterdir()) if f.is_file() and f.name != "log.jsonl"}
+def contents(out):
+  return {f.name: f.read_bytes() for f in sorted(pathlib.Path(out).iterdir()) if f.is_file() and f.name != "log.jsonl"}
 
 def losses(out): return [json.loads(line)["loss"] for line in (pathlib.Path(out)/"log.jsonl").read_text().splitlines()]
 
 def test_resume_is_exact_and_seeds_matter(tmp_path):
   run(tmp_path/"a", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
   run(tmp_path/"b", "--steps", 4, "--save-every", 2, "--dropout", 0.1)
-  with open(tmp_path/"b"/"log.jsonl", "a") as f: f.write('{"step": 5, "loss": 0}\n{"st')  # as a killed run would leave it
+  with open(tmp_path/"b"/"log.jsonl", "a") as f:
+    f.write('{"step": 5, "loss": 0}\n{"st')  # as a killed run would leave it
   run(tmp_path/"b", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
-  assert contents(tmp_path/"a") == contents(tmp_path/"b") and losses(tmp_path/"a") == losses(tmp_path/"b") and len(losses(tmp_path/"a")) == 6
+  assert (contents(tmp_path/"a") == contents(tmp_path/"b") and losses(tmp_path/"a") == losses(tmp_path/"b")
+          and len(losses(tmp_path/"a")) == 6)
   with pytest.raises(ValueError, match="lr"): run(tmp_path/"b", "--steps", 8, "--dropout", 0.1, "--lr", 1e-5)
-  with pytest.raises(ValueError, match="channels|network"): run(tmp_path/"b", "--steps", 8, "--dropout", 0.1, "--channels", 16)
+  with pytest.raises(ValueError, match="channels|network"):
+    run(tmp_path/"b", "--steps", 8, "--dropout", 0.1, "--channels", 16)
   run(tmp_path/"b", "--restart", "--steps", 2, "--dropout", 0.1, "--seed", 1)
   assert losses(tmp_path/"b")[0] != losses(tmp_path/"a")[0]
 
@@ -669,18 +691,21 @@ def test_a_number_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, m
 
 def step_once(accum=1, gpus=1, steps=2, **flags):
   """The state after some steps on noise, and what came out of each."""
-  a = train.arguments([*SMALL, "--accum", str(accum), "--gpus", str(gpus), *(f for k, v in flags.items() for f in (f"--{k}", str(v)))])
+  a = train.arguments([*SMALL, "--accum", str(accum), "--gpus", str(gpus),
+                       *(f for k, v in flags.items() for f in (f"--{k}", str(v)))])
   config = dict(TINY, channel_mult=a.channel_mult, attn_resolutions=(), dropout=a.dropout)
   base = Device.DEFAULT.split(":")[0]
   state = train.State(config, (Device.DEFAULT,) if gpus == 1 else tuple(f"{base}:{i}" for i in range(gpus)))
-  step, images, seen = train.make_step(state, DDPM(T=a.T), a), np.random.default_rng(0).integers(0, 256, (8, 1, 8, 8), np.uint8), []
+  step, images, seen = (train.make_step(state, DDPM(T=a.T), a),
+                        np.random.default_rng(0).integers(0, 256, (8, 1, 8, 8), np.uint8), [])
   for n in range(1, steps+1):
     x, t, eps, y, seeds = train.draw(a, images, np.zeros(8, np.int32), 0, n)
     part = 8//accum
     for k in range(accum):
       h = np.array([k > 0, k == accum-1, *train.hyper(a, n)], np.float32)
       before = {name: state.fetch(f)[:state.size].copy() for name, f in state.flat.items()}
-      loss, norm = step(*(state.lay(v[k*part:(k+1)*part]).realize() for v in (x, t, eps, y)), state.lay(seeds[k], None).realize(), state.lay(h, None).realize())
+      loss, norm = step(*(state.lay(v[k*part:(k+1)*part]).realize() for v in (x, t, eps, y)),
+                        state.lay(seeds[k], None).realize(), state.lay(h, None).realize())
       after = {name: state.fetch(f)[:state.size].copy() for name, f in state.flat.items()}
       seen.append((state.fetch(loss), float(state.fetch(norm)), before, after, h, GlobalCounters.mem_used))
   return seen
@@ -693,7 +718,8 @@ def test_adam_clipping_and_average_against_float64():
     lr, c1, c2, decay = h[2:].astype(np.float64)
     m, v = 0.9*before["m"] + 0.1*g, 0.999*before["v"] + 0.001*g*g
     w = before["raw"] - lr * (m/c1) / (np.sqrt(v/c2) + 1e-8)
-    for name, want in (("m", m), ("v", v), ("raw", w), ("ema", decay*before["ema"] + (1-decay)*w)): np.testing.assert_allclose(after[name], want, rtol=1e-4, atol=1e-7, err_msg=name)
+    for name, want in (("m", m), ("v", v), ("raw", w), ("ema", decay*before["ema"] + (1-decay)*w)):
+      np.testing.assert_allclose(after[name], want, rtol=1e-4, atol=1e-7, err_msg=name)
     assert np.abs(after["raw"] - after["ema"]).max() > 0  # the average is no alias of the weights
 
 def test_parts_of_a_batch_and_several_devices_give_the_same_step():
@@ -705,7 +731,8 @@ def test_parts_of_a_batch_and_several_devices_give_the_same_step():
 
 def test_warm_up_and_average():
   a = train.arguments(["--warmup", "10", "--lr", "0.1", "--ema", "0.99"])
-  assert train.hyper(a, 1)[0] == pytest.approx(0.01) and train.hyper(a, 10)[0] == train.hyper(a, 99)[0] == pytest.approx(0.1)
+  assert (train.hyper(a, 1)[0] == pytest.approx(0.01)
+          and train.hyper(a, 10)[0] == train.hyper(a, 99)[0] == pytest.approx(0.1))
   assert train.hyper(a, 1)[3] == pytest.approx(2/11) and train.hyper(a, 10**6)[3] == 0.99
   assert train.arguments(["--dataset", "cifar10"]).lr == 2e-4 and train.arguments(["--dataset", "cifar10"]).flip
 
@@ -714,7 +741,8 @@ def test_every_t_is_trained_and_the_draws_are_independent():
   draws = [train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 10, n) for n in range(1, 201)]
   t, eps = np.concatenate([d[1] for d in draws]), np.concatenate([d[2] for d in draws])
   counts = np.bincount(t, minlength=21)
-  assert counts[0] == 0 and len(counts) == 21 and np.abs(counts[1:] - 640).max() < 5*np.sqrt(640)  # T and 1 as often as the others
+  # T and 1 as often as the others
+  assert counts[0] == 0 and len(counts) == 21 and np.abs(counts[1:] - 640).max() < 5*np.sqrt(640)
   assert abs(eps.mean()) < 5/np.sqrt(eps.size) and abs(eps.std() - 1) < 5/np.sqrt(eps.size)
   flat = eps.reshape(len(eps), -1)
   for other in (t, sample.draw_x_T(len(t), (1, 1, 1), a.seed).numpy().ravel()):
@@ -722,26 +750,32 @@ def test_every_t_is_trained_and_the_draws_are_independent():
   assert len({d[2].tobytes() for d in draws}) == 200
   assert abs(np.mean([d[3] == 10 for d in draws]) - 0.1) < 0.02  # labels dropped
 
-@pytest.mark.parametrize("flags,match", [(["--batch", "0"], "--batch 0"), (["--steps", "-5"], "--steps -5"), (["--lr", "nan"], "--lr nan"), (["--ema", "1"], "--ema"),
-  (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T 0"), (["--channel-mult", "0,1"], "--channel-mult"), (["--accum", "3"], "--accum 3"), (["--clip", "-1"], "--clip")])
+@pytest.mark.parametrize("flags,match", [
+  (["--batch", "0"], "--batch 0"), (["--steps", "-5"], "--steps -5"), (["--lr", "nan"], "--lr nan"),
+  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T 0"),
+  (["--channel-mult", "0,1"], "--channel-mult"), (["--accum", "3"], "--accum 3"), (["--clip", "-1"], "--clip")])
 def test_flags_out_of_range(flags, match):
   with pytest.raises(ValueError, match=match): train.arguments([*SMALL, *flags])
 
-@pytest.mark.parametrize("program,flags,says", [("train.py", ["--dataset", "nonsense"], "nonsense"), ("train.py", ["--out", "/proc/x"], "/proc/x"),
-  ("sample.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"), ("evaluate.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+@pytest.mark.parametrize("program,flags,says", [
+  ("train.py", ["--dataset", "nonsense"], "nonsense"), ("train.py", ["--out", "/proc/x"], "/proc/x"),
+  ("sample.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+  ("evaluate.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
   ("train.py", ["--dataset", "glyphs", "--channels", "12", "--norm-groups", "5"], "groups")])
 def test_programs_end_with_one_sentence(program, flags, says, tmp_path):
-  r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/program), *flags], capture_output=True, text=True, cwd=tmp_path)
+  r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/program), *flags],
+                     capture_output=True, text=True, cwd=tmp_path)
   assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
 
 def test_no_device_and_no_compiler(tmp_path):
   for env, says in (({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")):
-    r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/"train.py"), "--out", str(tmp_path/"r")], capture_output=True, text=True,
-                       env={**os.environ, **env, "XDG_CACHE_HOME": str(tmp_path)})
+    r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/"train.py"), "--out", str(tmp_path/"r")],
+                       capture_output=True, text=True, env={**os.environ, **env, "XDG_CACHE_HOME": str(tmp_path)})
     assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
 
 def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path):
-  command = [sys.executable, str(pathlib.Path(__file__).parent/"train.py"), *SMALL, "--steps", "12", "--save-every", "2"]
+  command = [sys.executable, str(pathlib.Path(__file__).parent/"train.py"), *SMALL,
+             "--steps", "12", "--save-every", "2"]
   log = tmp_path/"stopped"/"log.jsonl"
   run(tmp_path/"whole", "--steps", 12, "--save-every", 2)
   for lines, how in ((1, signal.SIGKILL), (4, signal.SIGINT)):  # stopped once the log has more lines than that
@@ -751,9 +785,11 @@ def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path):
     says = p.communicate()[1]
     if how == signal.SIGINT:  # Ctrl-C saves the step it is at
       assert p.returncode == 130 and "run the same command again" in says
-      assert json.loads(unet.read_tensors(tmp_path/"stopped"/"last.safetensors")[1]["ddpm"])["step"] == len(losses(tmp_path/"stopped"))
+      assert (json.loads(unet.read_tensors(tmp_path/"stopped"/"last.safetensors")[1]["ddpm"])["step"]
+              == len(losses(tmp_path/"stopped")))
   run(tmp_path/"stopped", "--steps", 12, "--save-every", 2)
-  assert contents(tmp_path/"whole") == contents(tmp_path/"stopped") and losses(tmp_path/"whole") == losses(tmp_path/"stopped")
+  assert (contents(tmp_path/"whole") == contents(tmp_path/"stopped")
+          and losses(tmp_path/"whole") == losses(tmp_path/"stopped"))
 
 def test_memory_does_not_grow():
   used = [seen[-1] for seen in step_once(steps=20)]
@@ -763,7 +799,8 @@ def test_memory_does_not_grow():
 def test_other_rows_of_table_2_and_labels(tmp_path, predict, loss, sigma):
   run(tmp_path, "--steps", 1, "--predict", predict, "--loss", loss, "--sigma", sigma, "--class-conditional")
   model, meta = unet.load(tmp_path/"ema.safetensors")
-  assert meta["ddpm"] == {"T": 50, "schedule": "linear", "sigma": sigma, "predict": predict} and model.config["num_classes"] == 10
+  assert (meta["ddpm"] == {"T": 50, "schedule": "linear", "sigma": sigma, "predict": predict}
+          and model.config["num_classes"] == 10)
 
 # ***** data.py *****
 
@@ -855,8 +892,7 @@ def test_idx_layouts(offline, monkeypatch, place, end, pack):
 
 def test_where_files_are_looked_for(offline, monkeypatch):
   cache = Path(os.environ["XDG_CACHE_HOME"], "ddpm")
-  first, second, third = (write_idx(offline / "a" / "mnist", n=3), write_idx(offline / "b" / "mnist", n=4),
-                          write_idx(cache / "mnist", n=5))
+  for place, n in ((offline / "a", 3), (offline / "b", 4), (cache, 5)): write_idx(place / "mnist", n=n)
   assert len(data.load("mnist")[0]) == 5
   monkeypatch.setenv("DATA_DIR", str(offline / "b"))
   assert len(data.load("mnist")[0]) == 4 and len(data.load("mnist", data_dir=offline / "a")[0]) == 3
@@ -1441,7 +1477,8 @@ def test_image_i_is_the_same_bytes_in_any_batch(name, options):
 def test_data_are_recovered(name, options):
   d = short(sigma="beta_tilde")
   steps = T // 4 if name == "langevin" else T                # five evaluations each
-  x = last(SAMPLERS[name](d, exact(d), draw_x_T(1024, (1, 2, 4), 0), steps, **({} if options == {"inner": 2} else options))).ravel()
+  x = last(SAMPLERS[name](d, exact(d), draw_x_T(1024, (1, 2, 4), 0), steps,
+                          **({} if options == {"inner": 2} else options))).ravel()
   off = np.abs(x) - MODE
   assert abs(x.mean()) < 5 * x.std() / math.sqrt(len(x))
   assert abs((x > 0).mean() - 0.5) < 5 * 0.5 / math.sqrt(len(x))
@@ -1457,7 +1494,8 @@ def test_every_number_of_steps_starts_at_T_and_lands_on_x0(name, options, host):
   d, x_T, seen, jits = short(T, predict="x0"), draw_x_T(2, (1, 2, 2), 0), [], {}
   def model(x, t):  # x̂_0 tells the time at which it was asked
     seen.append(t)
-    return Tensor(t.numpy().reshape(-1, 1, 1, 1) / np.ones(x.shape, np.float32) / T) if host else x * 0 + column(t, x) / T
+    return (Tensor(t.numpy().reshape(-1, 1, 1, 1) / np.ones(x.shape, np.float32) / T) if host
+            else x * 0 + column(t, x) / T)
   for steps in range(1, T + 1):
     out = list(SAMPLERS[name](d, model, x_T, steps, jits=jits, **options))
     times = timesteps(T, steps)
@@ -1531,7 +1569,8 @@ def test_ddpm_is_algorithm_2(sigma):
     a, var = d.alpha[t], d.beta[t] if sigma == "beta" else d.beta_tilde[t]
     return (x - d.beta[t] / math.sqrt(1 - d.alpha_bar[t]) * eps64(d, x, t)) / math.sqrt(a) + math.sqrt(var) * z
   x_T = draw_x_T(50, (1, 2, 2), 5)
-  close(last(SAMPLERS["ddpm"](d, exact(d), x_T, 20, 5, clip=False)), chain(d, x_T, range(20, -1, -1), 5, step), atol=2e-5)
+  close(last(SAMPLERS["ddpm"](d, exact(d), x_T, 20, 5, clip=False)), chain(d, x_T, range(20, -1, -1), 5, step),
+        atol=2e-5)
 
 @pytest.mark.parametrize("steps", (20, 7))
 @pytest.mark.parametrize("clip", (True, False))
@@ -1585,13 +1624,16 @@ def test_sde_is_eq_6_and_pc_adds_langevin():
     b, score = math.log(d.alpha_bar[s] / d.alpha_bar[t]), -eps64(d, x, t) / math.sqrt(1 - d.alpha_bar[t])
     if s == 0: return (x + (1 - d.alpha_bar[t]) * score) / math.sqrt(d.alpha_bar[t])   # Tweedie: x̂_0
     return x + b * (x / 2 + score) + math.sqrt(b) * z
-  def langevin(x, t, step, z): return x - step * eps64(d, x, t) / math.sqrt(1 - d.alpha_bar[t]) + math.sqrt(2 * step) * z
-  def pc(x, t, s, z): return langevin(x, t, 2 * d.alpha[t] * 0.1**2 * (1 - d.alpha_bar[t]), z) if s == t else reverse(x, t, s, z)
+  def langevin(x, t, step, z):
+    return x - step * eps64(d, x, t) / math.sqrt(1 - d.alpha_bar[t]) + math.sqrt(2 * step) * z
+  def pc(x, t, s, z):
+    return langevin(x, t, 2 * d.alpha[t] * 0.1**2 * (1 - d.alpha_bar[t]), z) if s == t else reverse(x, t, s, z)
   def ald(x, t, s, z): return langevin(x, t, 0.3 * (1 - d.alpha_bar[t]), z) if s else reverse(x, t, s, z)
   x_T, times, twice = draw_x_T(50, (1, 2, 2), 5), [20, 13, 5, 0], [20, 20, 13, 13, 5, 5, 0]
   for name, options, path, step in (("sde", {}, times, reverse), ("pc", {"snr": 0.1}, twice, pc),
                                     ("langevin", {"inner": 2, "r": 0.3}, twice, ald)):
-    close(last(SAMPLERS[name](d, exact(d), x_T, times, 5, clip=False, **options)), chain(d, x_T, path, 5, step), atol=3e-5)
+    close(last(SAMPLERS[name](d, exact(d), x_T, times, 5, clip=False, **options)), chain(d, x_T, path, 5, step),
+          atol=3e-5)
 
 def test_training_eps_is_denoising_score_matching():
   """Vincent 2011: E‖s(x_t) + ε/√(1−ᾱ)‖² − E‖s(x_t) − ∇log q(x_t)‖² is the same for every s. Eq. 14 is the first, times
@@ -1639,7 +1681,8 @@ def command(monkeypatch, tmp_path):
       d = DDPM(**meta["ddpm"])
       a = column(f32(d.alpha_bar)[t], x)
       var, m = a * SD**2 + 1 - a, a.sqrt() * MODE
-      side = (x * m / var).tanh() if y is None else (column(y, x) == 2).where((x * m / var).tanh(), column(y, x) * 2. - 1)
+      side = ((x * m / var).tanh() if y is None
+              else (column(y, x) == 2).where((x * m / var).tanh(), column(y, x) * 2. - 1))
       return (1 - a).sqrt() * (x - m * side) / var
   loaded = []
   monkeypatch.setattr(sample.unet, "load", lambda path, raw=False: loaded.append((path, raw)) or (Net(), meta))
@@ -1682,7 +1725,8 @@ def test_the_figures(command, monkeypatch):
   monkeypatch.setattr(sample.data, "save_png", lambda path, img: kept.append(img))
   grids = []
   grid = data.grid
-  monkeypatch.setattr(sample.data, "grid", lambda images, ncols=None: grids.append((images, ncols)) or grid(images, ncols))
+  monkeypatch.setattr(sample.data, "grid",
+                      lambda images, ncols=None: grids.append((images, ncols)) or grid(images, ncols))
   command("--progressive --n 2")
   images, ncols = grids[-1]
   assert images.shape == (20, 1, 16, 16) and ncols == 10
@@ -1701,7 +1745,6 @@ def test_the_figures(command, monkeypatch):
   assert images.shape == (26, 1, 16, 16) and ncols == 13
   glyphs = {v.tobytes() for v in data.load("glyphs", "test")[0]}
   assert [v.tobytes() in glyphs for v in images] == ([True] + [False] * 11 + [True]) * 2
-  mixed = [np.linspace(a, b, 11) for a, b in (images[[0, 12]].astype(float), images[[13, 25]].astype(float))]
   command("--interpolate 12 --n 1 --sampler ode")
   assert grids[-1][0].shape == (13, 1, 16, 16)
   with pytest.raises(ValueError, match="from 1 to T = 12"): command("--interpolate 13")
@@ -1734,8 +1777,9 @@ def test_raw_weights_and_the_newest_run(command, monkeypatch, tmp_path):
   assert command.loaded[-1] == ("model", True)
 
 @pytest.mark.parametrize("line", ("--n 0", "--n x", "--steps 0", "--seed -1", "--batch 0", "--eta 0.5", "--guidance 2",
-  "--sampler ddim --eta 1.5", "--sampler nothing", "--class 0 --guidance nan", "--class 0 --classes", "--shared 2 --sampler ode",
-  "--shared 2 --gif a.gif", "--classes --progressive", "--out /", "--npz /proc/version/a.npz", "--dataset mnist", "--unknown"))
+  "--sampler ddim --eta 1.5", "--sampler nothing", "--class 0 --guidance nan", "--class 0 --classes",
+  "--shared 2 --sampler ode", "--shared 2 --gif a.gif", "--classes --progressive", "--out /",
+  "--npz /proc/version/a.npz", "--dataset mnist", "--unknown"))
 def test_wrong_arguments_are_one_sentence(command, line):
   with pytest.raises(SystemExit) as e: command(line)
   assert str(e.value).startswith("sample.py: ") and "\n" not in str(e.value) and not command.loaded
@@ -1879,8 +1923,8 @@ def test_strata_are_unbiased(T, M):
   f = rng(3).random(T + 1) / np.arange(1, T + 2)
   estimate = f[t] @ weight
   assert abs(estimate.mean() - f[1:].sum()) <= 4 * estimate.std() / math.sqrt(4000) + 1e-12
-  for column, size in zip(t.T[1:], weight[1:]):               # a stratum: `size` neighbours, equally often
-    values, counts = np.unique(column, return_counts=True)
+  for drawn, size in zip(t.T[1:], weight[1:]):               # a stratum: `size` neighbours, equally often
+    values, counts = np.unique(drawn, return_counts=True)
     assert len(values) <= size and values[-1] - values[0] < size
     assert abs(counts - 4000 / size).max() < 5 * math.sqrt(4000 / size) + 1
 
@@ -2180,3 +2224,20 @@ def test_no_traceback(tmp_path):
   command = [sys.executable, os.path.abspath(evaluate.__file__), "--checkpoint", "none.safetensors"]
   r = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
   assert r.returncode == 1 and r.stderr.startswith("evaluate.py: ") and r.stderr.count("\n") == 1 and not r.stdout
+
+def test_sliced_wasserstein_distance():
+  a = np.clip(rng(1).normal(100, 10, (3000, 1, 4, 4)), 0, 255).round().astype(np.uint8)
+  shift = np.array([0, 60] * 8, np.uint8).reshape(1, 1, 4, 4)
+  assert evaluate.sliced_wasserstein(a, a[::-1]) < 1e-3
+  close(evaluate.sliced_wasserstein(a, a + shift), np.sqrt(60**2 / 2), rtol=0.05)  # a shift: its root mean square
+  b = np.clip(rng(2).normal(100, 30, (3000, 1, 4, 4)), 0, 255).round().astype(np.uint8)
+  close(evaluate.sliced_wasserstein(a, b), 20, rtol=0.05)  # W₂ of N(m, 10²) and N(m, 30²)
+
+def test_samples_are_read_or_refused(tmp_path):
+  images = rng().integers(0, 256, (5, 3, 4, 4), dtype=np.uint8)
+  data.save_npz(tmp_path / "a.npz", images)
+  assert np.array_equal(evaluate.read_npz(tmp_path / "a.npz"), images)
+  np.savez(tmp_path / "b.npz", arr_0=np.array([{}], object))  # a pickle
+  (tmp_path / "c.npz").write_bytes(b"PK\3\4 no zip")
+  for name in ("b.npz", "c.npz", "none.npz"):
+    with pytest.raises((ValueError, OSError), match=name): evaluate.read_npz(tmp_path / name)
