@@ -1,5 +1,5 @@
 """Algorithm 1: training. python train.py --dataset mnist   (see --help; run it again to go on where it stopped)"""
-import argparse, json, math, pathlib, signal, sys, time, zlib
+import argparse, itertools, json, math, pathlib, signal, sys, time, zlib
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes, nn
 import data, sample, unet
@@ -105,22 +105,23 @@ class State:
 
   def lay(self, array:np.ndarray, axis:int|None=0) -> Tensor:
     """On the device or, cut along `axis` (or whole, for None), on all devices."""
-    return Tensor(array, device=self.devices[0]) if len(self.devices) == 1 else \
-      Tensor(array, device="CPU").shard(self.devices, axis)
+    t = Tensor(array, device=self.devices[0])
+    return t if len(self.devices) == 1 else t.shard(self.devices, axis)
 
-  def views(self, key:str) -> list[Tensor]:
-    ends = np.cumsum([math.prod(s) for s in self.shapes.values()])
-    return [self.flat[key][int(b)-math.prod(s):int(b)].reshape(s) for b, s in zip(ends, self.shapes.values())]
+  def cut(self, flat) -> dict:
+    """A flat buffer's part for each parameter, by name."""
+    ends = itertools.accumulate(map(math.prod, self.shapes.values()))
+    return {k: flat[end-math.prod(s):end].reshape(s) for (k, s), end in zip(self.shapes.items(), ends)}
+
+  def views(self, key:str) -> list[Tensor]: return list(self.cut(self.flat[key]).values())
 
   def fetch(self, t:Tensor) -> np.ndarray: return (t if len(self.devices) == 1 else t.to(self.devices[0])).numpy()
 
   def arrays(self) -> dict[str, np.ndarray]:
     """For the checkpoint: the weights by name, the moments flat."""
-    out, flat = {}, {k: self.fetch(t)[:self.size] for k, t in self.flat.items()}
-    for key in ("raw", "ema"):
-      ends = np.cumsum([math.prod(s) for s in self.shapes.values()])
-      out |= {f"{key}.{k}": flat[key][b-math.prod(s):b].reshape(s) for (k, s), b in zip(self.shapes.items(), ends)}
-    return out | {"adam.m": flat["m"], "adam.v": flat["v"]}
+    flat = {k: self.fetch(t)[:self.size] for k, t in self.flat.items()}
+    named = {f"{key}.{k}": v for key in ("raw", "ema") for k, v in self.cut(flat[key]).items()}
+    return named | {"adam.m": flat["m"], "adam.v": flat["v"]}
 
   def restore(self, tensors:dict[str, np.ndarray], path):
     want = {f"{key}.{k}": s for key in ("raw", "ema") for k, s in self.shapes.items()} | {
