@@ -7,7 +7,7 @@ from ddpm import DDPM
 
 # What differs by dataset. cifar10 is the paper's Appendix B; the others are sized for two CPU cores.
 PRESETS = {
-  "glyphs":  dict(steps=3000,    batch=32,  lr=1e-3, ema=0.999,  channels=32,  channel_mult=(1, 2),
+  "glyphs":  dict(steps=2000,    batch=32,  lr=1e-3, ema=0.999,  channels=32,  channel_mult=(1, 2),
                   num_res_blocks=1, attn=(8,),  dropout=0.,  norm_groups=8,
                   warmup=200,  save_every=500,  sample_every=1000, flip=False),
   "mnist":   dict(steps=4000,    batch=32,  lr=1e-3, ema=0.999,  channels=32,  channel_mult=(1, 2, 2),
