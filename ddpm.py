@@ -184,7 +184,7 @@ class DDPM:
     """The bound's term of time t, Eq. 5: L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ), or L_0 (Eq. 13) at t = 1.
 
     x0 (B, C, H, W) on the 256 levels, x_t made from it with eps -> (B,) bits/dim. Summed over t = 1..T, with
-    prior_kl(x0), it is the bound. With σ_t fixed, the KL is the weighted squared error of μ in Eq. 8, 9 and 10, or that
+    prior_kl(x0), it is the bound. With σ_t fixed, the KL is the weighted squared error of μ in Eq. 8, 9, 10, or that
     of ε in Eq. 12, plus what does not depend on the model. At t = 1 the variance is β̃_2, as in the authors' code (not
     in the paper): β̃_1 is 0.
     """

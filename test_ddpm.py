@@ -636,6 +636,17 @@ def test_damaged_checkpoints_are_read_right_or_refused(tmp_path):
       assert sum(v.nbytes for v in tensors.values()) <= len(c)
   assert 0 < read < len(cases)/2  # flipped bits of a weight cannot be seen
 
+def test_tensors_that_overlap_or_lie_outside_are_refused(tmp_path):
+  unet.write_tensors(tmp_path/"a.safetensors", {"x": arr(4), "y": arr(4, seed=1)}, {})
+  good = (tmp_path/"a.safetensors").read_bytes()
+  for places in (b"[00,16]", b"[32,48]", b"[20,36]"):  # where y's [16,32] should stand
+    (tmp_path/"b.safetensors").write_bytes(good.replace(b"[16,32]", places))
+    with pytest.raises(ValueError, match="b.safetensors"): unet.read_tensors(tmp_path/"b.safetensors")
+  (tmp_path/"b.safetensors").write_bytes(good.replace(b"[0,16]", b"[8,24]").replace(b"[16,32]", b"[24,40]") + bytes(8))
+  with pytest.raises(ValueError, match="does not lie"): unet.read_tensors(tmp_path/"b.safetensors")
+  (tmp_path/"b.safetensors").write_bytes(good.replace(b"[16,32]", b"[ 0,16]"))  # the same place twice
+  with pytest.raises(ValueError, match="does not lie"): unet.read_tensors(tmp_path/"b.safetensors")
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   unet.write_tensors(tmp_path/"a.safetensors", {"x": arr(3)}, {})
   before = (tmp_path/"a.safetensors").read_bytes()
