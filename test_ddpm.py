@@ -2252,3 +2252,11 @@ def test_samples_are_read_or_refused(tmp_path):
   (tmp_path / "c.npz").write_bytes(b"PK\3\4 no zip")
   for name in ("b.npz", "c.npz", "none.npz"):
     with pytest.raises((ValueError, OSError), match=name): evaluate.read_npz(tmp_path / name)
+
+def test_sampling_needs_the_memory_of_one_batch(tmp_path, monkeypatch):
+  unet.save(tmp_path / "a.safetensors", unet.UNet(**TINY), {"ddpm": {"T": 4, "beta_T": 0.5}})
+  seen, call = [], unet.UNet.__call__
+  monkeypatch.setattr(unet.UNet, "__call__", lambda self, x, *rest: seen.append(x.shape[0]) or call(self, x, *rest))
+  sample.main(["--checkpoint", str(tmp_path / "a.safetensors"), "--n", "10", "--batch", "4", "--out", str(tmp_path / "a.png"),
+               "--npz", str(tmp_path / "a.npz")])
+  assert set(seen) <= {4} and len(evaluate.read_npz(tmp_path / "a.npz")) == 10
