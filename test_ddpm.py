@@ -2257,6 +2257,6 @@ def test_sampling_needs_the_memory_of_one_batch(tmp_path, monkeypatch):
   unet.save(tmp_path / "a.safetensors", unet.UNet(**TINY), {"ddpm": {"T": 4, "beta_T": 0.5}})
   seen, call = [], unet.UNet.__call__
   monkeypatch.setattr(unet.UNet, "__call__", lambda self, x, *rest: seen.append(x.shape[0]) or call(self, x, *rest))
-  sample.main(["--checkpoint", str(tmp_path / "a.safetensors"), "--n", "10", "--batch", "4", "--out", str(tmp_path / "a.png"),
-               "--npz", str(tmp_path / "a.npz")])
+  sample.main(["--checkpoint", str(tmp_path / "a.safetensors"), "--n", "10", "--batch", "4",
+               "--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "a.npz")])
   assert set(seen) <= {4} and len(evaluate.read_npz(tmp_path / "a.npz")) == 10
