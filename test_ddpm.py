@@ -2260,3 +2260,18 @@ def test_sampling_needs_the_memory_of_one_batch(tmp_path, monkeypatch):
   sample.main(["--checkpoint", str(tmp_path / "a.safetensors"), "--n", "10", "--batch", "4",
                "--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "a.npz")])
   assert set(seen) <= {4} and len(evaluate.read_npz(tmp_path / "a.npz")) == 10
+
+def test_sharded_files_are_put_together(tmp_path):
+  unet.save(tmp_path, model := random_model(), {}, layout="diffusers")
+  whole = tmp_path / "diffusion_pytorch_model.safetensors"
+  tensors, _ = unet.read_tensors(whole)
+  names = {k: f"part-{i % 2}.safetensors" for i, k in enumerate(tensors)}
+  for part in set(names.values()):
+    unet.write_tensors(tmp_path / part, {k: v for k, v in tensors.items() if names[k] == part}, {})
+  (tmp_path / f"{whole.name}.index.json").write_text(json.dumps({"weight_map": names}))
+  whole.unlink()
+  again, _ = unet.load(tmp_path)
+  for v, w in zip(nn.state.get_parameters(model), nn.state.get_parameters(again)):
+    assert np.array_equal(v.numpy(), w.numpy())
+  (tmp_path / "part-1.safetensors").unlink()
+  with pytest.raises(OSError, match="part-1"): unet.load(tmp_path)
