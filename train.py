@@ -1,5 +1,5 @@
 """Algorithm 1: training. python train.py --dataset mnist   (see --help; run it again to go on where it stopped)"""
-import argparse, itertools, json, math, pathlib, signal, sys, time, zlib
+import argparse, functools, itertools, json, math, pathlib, signal, sys, time, zlib
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes, nn
 import data, sample, unet
@@ -55,8 +55,9 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--norm-groups", type=int, help="groups of GroupNorm")
   p.add_argument("--dropout", type=float, help="probability")
   p.add_argument("--no-flip", dest="flip", action="store_false", help="no random horizontal flips")
-  p.add_argument("--class-conditional", action="store_true", help="train with labels, 10%% of them dropped",
-                 default=False)
+  p.add_argument("--class-conditional", action="store_true", help="train with labels", default=False)
+  p.add_argument("--drop-labels", type=float, help="how often such a model is shown no label (its null class)",
+                 default=0.1)
   p.add_argument("--save-every", type=int, help="steps between checkpoints")
   p.add_argument("--sample-every", type=int, help="steps between grids of samples; 0: never")
   given = vars(p.parse_args(argv))
@@ -71,8 +72,9 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   for flag, ok, want in (("lr", 0 < a.lr < 10, "above 0 and below 10"),
                          ("clip", 0 < a.clip < math.inf, "above 0"),
                          ("ema", 0 <= a.ema < 1, "from 0 up to below 1"),
-                         ("dropout", 0 <= a.dropout < 1, "from 0 up to below 1")):
-    if not ok: raise ValueError(f"--{flag} {getattr(a, flag)} is out of range: it must be {want}")
+                         ("dropout", 0 <= a.dropout < 1, "from 0 up to below 1"),
+                         ("drop_labels", 0 <= a.drop_labels <= 1, "from 0 to 1")):
+    if not ok: raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is out of range: it must be {want}")
   for flag, least in (("channel_mult", 1), ("attn", 0)):
     if len(getattr(a, flag)) < least or any(v < 1 for v in getattr(a, flag)):
       raise ValueError(f"--{flag.replace('_', '-')} needs whole numbers from 1 up, such as 1,2,2")
@@ -142,13 +144,15 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), norm of the gradient)."""
   # in two stages: a float32 sum of millions would drift
   def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()
+  chance = Tensor(chances(a.T, a.schedule).astype(np.float32), device=state.devices[0]).realize()
 
   @TinyJit
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
     keep, last, lr, c1, c2, decay = [h[i] for i in range(6)]
     x0 = x.cast(dtypes.float32) / 127.5 - 1
     model = lambda x_t, t: state.model(x_t, t, y if a.class_conditional else None, seed if a.dropout else None)
-    loss = ddpm.loss_terms(model, x0, t, eps) if a.loss == "simple" else ddpm.vlb_term(model, x0, t, eps, clip=False)
+    if a.loss == "simple": loss = ddpm.loss_terms(model, x0, t, eps)
+    else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False) / chance[t].shard_like(t)  # its mean: Σₜ Lₜ₋₁, bits/dim
     grad = state.flat["grad"]
     for view, g in zip(state.views("grad"), loss.mean().gradient(*nn.state.get_parameters(state.model))):
       view.assign(view * keep + g.reshape(view.shape) / a.accum if a.accum > 1 else g.reshape(view.shape))
@@ -167,13 +171,22 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   step.cnt = 1  # everything is realized already, so the first call can be the one that is captured
   return step
 
+@functools.cache
+def chances(T:int, schedule:str) -> np.ndarray:
+  """How often L_vlb draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1; row 0
+  is not drawn. Not in the paper: drawn evenly, t = 1, with up to half of the bound, comes once in T."""
+  d = DDPM(T=T, schedule=schedule)
+  weight = np.append(0, d.beta[1:] / (d.alpha[1:] * (1 - d.alpha_bar[1:])))
+  return weight / weight.sum()
+
 def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n:int):
   """What step n (from 1) needs, from (seed, n) alone: images, t, eps, labels and the seed of the dropout."""
   x, y = data.batch_at(images, labels, n-1, a.batch, a.seed, a.flip)
   rng = np.random.default_rng([a.seed, 1, n])
   t, eps = rng.integers(1, a.T+1, a.batch, np.int32), rng.standard_normal(x.shape, np.float32)
-  # classifier-free guidance: "no class" one time in ten
-  y = np.where(rng.random(a.batch) < 0.1, null, y).astype(np.int32)
+  if a.loss == "vlb": t = rng.choice(a.T+1, a.batch, p=chances(a.T, a.schedule)).astype(np.int32)
+  # classifier-free guidance needs a network that knows "no class" as well
+  y = np.where(rng.random(a.batch) < a.drop_labels, null, y).astype(np.int32)
   return x, t, eps, y, rng.integers(0, 2**32, (a.accum, 1), np.uint32)
 
 def hyper(a:argparse.Namespace, n:int) -> list[float]:
@@ -186,7 +199,7 @@ def hyper(a:argparse.Namespace, n:int) -> list[float]:
 def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
-          "T", "schedule", "predict", "loss", "sigma", "flip", "class_conditional")
+          "T", "schedule", "predict", "loss", "sigma", "flip", "class_conditional", "drop_labels")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 
