@@ -1,9 +1,10 @@
 """The network of DDPM, Appendix B: a U-Net that sees the noisy image x_t and the time t and returns an image."""
 from __future__ import annotations
-import functools, itertools, json, math, os, pathlib, re, shutil, subprocess, urllib.error
+import functools, hashlib, importlib.metadata, itertools, json, math, os, pathlib, re, shutil, subprocess, urllib.error
 import numpy as np
+import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
 from tinygrad import Device, Tensor, dtypes, function, helpers, nn
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+from tinygrad.uop.ops import AxisType, CallInfo, KernelInfo, Ops, UOp
 
 # ***** 1. the network *****
 
@@ -376,6 +377,40 @@ def vector_lanes(device:str) -> int:
 os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")  # a compiling process lives for all kernels, not for 16
 try: vector_lanes(device())  # before the first kernel is compiled, so that all processes that compile agree
 except RuntimeError: pass  # a program calls device() itself and says so
+
+class Kept(dict):
+  """A dict of tinygrad's that lives as long as the process, kept in tinygrad's cache on the disk as well.
+
+  Of a first step's time nearly all goes into scheduling and lowering in Python, and the disk cache spares the C
+  compiler alone. The keys are digests of what is scheduled or lowered; tinygrad's version and settings go into them."""
+  def __init__(self, table:str, shrink=lambda v: v, restore=lambda k, v: v):
+    settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items())
+    self.table, self.shrink, self.restore = table, shrink, restore
+    self.settings = repr((importlib.metadata.version("tinygrad"), os.environ.get("DMC"), settings))
+  def digest(self, key) -> str: return hashlib.sha256(repr((self.settings, key)).encode()).hexdigest()
+  def __contains__(self, key) -> bool: return self.get(key) is not None
+  def get(self, key, default=None):
+    if not super().__contains__(key) and (v := helpers.diskcache_get(self.table, self.digest(key))) is not None:
+      super().__setitem__(key, self.restore(key, v))
+    return super().get(key, default)
+  def __setitem__(self, key, value):
+    super().__setitem__(key, value)
+    helpers.diskcache_put(self.table, self.digest(key), self.shrink(value))
+
+def without_code(program:UOp) -> UOp:
+  """Of a lowered kernel what a launch reads: its parameters and its source, which the compiler's own cache knows."""
+  sink, linear, source, _ = program.src
+  params = tuple(u for u in linear.src if u.op is Ops.PARAM)
+  return program.replace(src=(UOp(Ops.SINK, src=params, arg=sink.arg), UOp(Ops.LINEAR, src=params), source))
+
+def with_code(key:tuple, program:UOp) -> UOp:
+  compiler = Device[key[2].device].renderer.compiler
+  return program.replace(src=(*program.src, UOp(Ops.BINARY, arg=compiler.compile_cached(program.src[2].arg))))
+
+CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"  # tinygrad's holds an address: a new key each time
+tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")
+tinygrad.codegen.to_program_cache = tinygrad.engine.realize.to_program_cache = \
+  Kept("ddpm_programs", without_code, with_code)
 
 # ***** 5. checkpoints: one safetensors file that carries the network's arguments *****
 
