@@ -1,9 +1,14 @@
 """The network of DDPM, Appendix B: a U-Net that sees the noisy image x_t and the time t and returns an image."""
 from __future__ import annotations
-import functools, hashlib, importlib.metadata, itertools, json, math, os, pathlib, re, shutil, subprocess, urllib.error
+import concurrent.futures, ctypes, functools, hashlib, importlib.metadata, itertools, json, math, os, pathlib, re, shutil, subprocess, time, urllib.error
 import numpy as np
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
 from tinygrad import Device, Tensor, dtypes, function, helpers, nn
+from tinygrad.device import TinyELF
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.engine.realize import get_call_arg_uops
+from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.runtime.autogen import libc
 from tinygrad.uop.ops import AxisType, CallInfo, KernelInfo, Ops, UOp
 
 # ***** 1. the network *****
@@ -163,12 +168,17 @@ def first_device(x:Tensor) -> str: return x.device if isinstance(x.device, str) 
 
 def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n % d == 0)
 
-def tile(size:int, amount:int, axis:int) -> tuple[UOp, list[UOp]]:
-  """A loop over `size` whose innermost `amount` are unrolled into registers: (index, its ranges)."""
+def tile(size:int, amount:int, axis:int, shared:bool=False) -> tuple[UOp, list[UOp]]:
+  """A loop over `size` whose innermost `amount` are unrolled into registers: (index, its ranges).
+
+  If shared, the cores share its rounds."""
   inner = [UOp.range(amount, 100+axis, AxisType.UPCAST)] if amount > 1 else []
+  start = inner[0] if inner else UOp.const(0, dtypes.weakint)
+  if shared and size > amount:  # "& 255" because clang makes no vectors where the number could be negative
+    task = UOp.variable("core_id", 0, size//amount-1, dtypes.int, param=True)
+    return (task & 255).cast(dtypes.weakint)*amount + start, inner
   outer = [UOp.range(size//amount, axis)] if amount < size or not inner else []
-  return (sum((r*amount if inner else r for r in outer), start=inner[0] if inner else UOp.const(0, dtypes.weakint)),
-          outer+inner)
+  return sum((r*amount if inner else r for r in outer), start=start), outer+inner
 
 def summed(sizes:tuple[int, ...], axis:int, value, op:Ops=Ops.ADD) -> UOp:
   """The sum (or maximum) of value(i, j, ...) over i < sizes[0], j < sizes[1], ..."""
@@ -191,8 +201,10 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, lanes:int) -> UOp:
   (B, H, W, O), (n, k, _, C, _) = y.shape, w.shape
   channels, pixels = register_tile(B*H*W*O*k*k*C, lanes)
   th = divisor(H, pixels//(tw := divisor(W, pixels)))
-  (b, rb), (h, rh), (v, rv), (o, ro) = [tile(n, t, i) for i, (n, t) in
-    enumerate(((B, divisor(B, pixels//(tw*th))), (H, th), (W, tw), (O, divisor(O, channels))))]
+  tb = divisor(B, pixels//(tw*th))
+  shared = -1 if not lanes or B > 256 or B*H*W*O*k*k*C < 2**18 else 0 if B//tb >= 8 else 1  # the axis shared among the cores
+  (b, rb), (h, rh), (v, rv), (o, ro) = [tile(n, t, i, i == shared) for i, (n, t) in
+    enumerate(((B, tb), (H, th), (W, tw), (O, divisor(O, channels))))]
   acc = summed((k, k, C), 4, lambda i, j, c: x[b, h*stride+i, v*stride+j, c] * w[b if n > 1 else 0, i, j, c, o])
   for a in adds: acc = acc + a[tuple(idx if n > 1 else 0 for idx, n in zip((b, h, v, o), a.shape))]
   return sink(y[b, h, v, o], acc, [rb, rh, rv, ro], f"conv{k}_{H}x{W}_{C}_{O}", lanes)
@@ -204,7 +216,8 @@ def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, lanes:int) -> UOp:
   (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
   channels, rows = register_tile(B*(H-2*p)*(W-2*p)*O*k*k*C, lanes)
   to = divisor(O, channels)
-  (n, rn), (i, ri), (j, rj), (c, rc), (o, ro) = [tile(s, t, a) for a, (s, t) in
+  shared = lanes and B*H*W*O*k*k*C > 2**18
+  (n, rn), (i, ri), (j, rj), (c, rc), (o, ro) = [tile(s, t, a, shared and a == 0) for a, (s, t) in
     enumerate(((G, 1), (k, 1), (k, 1), (C, divisor(C, rows if to > 4 else 4*rows)), (O, to)))]
   acc = summed((B//G, H-2*p, W-2*p), 5,
     lambda b, h, v: x[n*(B//G)+b, h*stride+i, v*stride+j, c] * g[n*(B//G)+b, h+p, v+p, o])
@@ -213,14 +226,14 @@ def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, lanes:int) -> UOp:
 def column_kernel(y:UOp, *xs:UOp, op:Ops, lanes:int) -> UOp:
   """y[a,c] = Σ_r Π x[a,r,c], or the maximum over r."""
   A, R, C = xs[0].shape
-  (a, ra), (c, rc) = tile(A, 1, 0), tile(C, divisor(C, lanes or 1), 1)
+  (a, ra), (c, rc) = tile(A, 1, 0, lanes and A*R*C > 2**18), tile(C, divisor(C, lanes or 1), 1)
   acc = summed((R,), 2, lambda r: functools.reduce(UOp.mul, (x[a, r, c] for x in xs)), op)
   return sink(y[a, c], acc, [ra, rc], f"column_{A}_{R}_{C}", lanes)
 
 def pad_kernel(y:UOp, x:UOp, lo:int) -> UOp:
   """y = x with a border of zeros."""
   (B, H, W, C), (_, h, w, _) = y.shape, x.shape
-  (b, rb), (i, ri), (j, rj), (c, rc) = [tile(n, t, a) for a, (n, t) in
+  (b, rb), (i, ri), (j, rj), (c, rc) = [tile(n, t, a, a == 0 and B*H*W*C > 2**16) for a, (n, t) in
     enumerate(((B, 1), (H, 1), (W, 1), (C, divisor(C, 16))))]
   ok = (i >= lo) & (i < h+lo) & (j >= lo) & (j < w+lo)
   return sink(y[b, i, j, c], x[b, (i-lo).valid(ok), (j-lo).valid(ok), c], [rb, ri, rj, rc], f"pad_{H}x{W}_{C}", True)
@@ -372,11 +385,62 @@ def vector_lanes(device:str) -> int:
   os.environ.update(DMC="1", NOOPT="1")
   helpers.getenv.cache_clear()
   helpers.NOOPT.value = 1
+  if os.name == "posix" and cores() > 1 and isinstance(Device["CPU"].renderer, ClangRenderer): Device["CPU"].graph = Team
   return 16 if wide_vectors() and not outdated_clang() else 8
 
 os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")  # a compiling process lives for all kernels, not for 16
-try: vector_lanes(device())  # before the first kernel is compiled, so that all processes that compile agree
-except RuntimeError: pass  # a program calls device() itself and says so
+TEAM = """
+typedef unsigned long long word;
+void run(word *command, word n, word me, word team, word *arrived, void (*give_way)(void)) {
+  for (word i = 1; i <= n; i++, command += 35) {
+    word a[32];
+    for (int k = 0; k < 32; k++) a[k] = command[3+k];
+    void (*kernel)(%s) = (void*)command[0];
+    for (word task = me; task < command[1]; task += team) { a[command[2]] = task; kernel(%s); }
+    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
+    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i*team; spins++) if (spins > 1000) give_way();
+  }
+}""" % (", ".join(["word"]*32), ", ".join(f"a[{k}]" for k in range(32)))
+
+def cores() -> int: return min(len(os.sched_getaffinity(0)), helpers.NUM_CPU_THREADS.value, 16)
+
+@functools.cache
+def team() -> tuple:
+  """The compiled function, and the threads that call it beside the main one."""
+  from tinygrad.runtime.ops_cpu import CPUProgram
+  cpu = Device["CPU"]
+  code = TinyELF(cpu.renderer.compiler.compile_cached(TEAM), "run", cpu.renderer.target, (), b"")
+  return CPUProgram(cpu, code), concurrent.futures.ThreadPoolExecutor(max(1, cores()-1))
+
+class Team(GraphRunner):
+  """The kernels of a TinyJit on the CPU as one call, in which all cores share the rounds of each kernel's outer loop.
+
+  tinygrad alone runs those one after another on one core. Between two kernels each core waits for the others."""
+  @staticmethod
+  def supports_uop(devices:list, call:UOp) -> bool:
+    program, args = call.src[0], get_call_arg_uops(call)
+    return (GraphRunner.supports_uop(devices, call) and len(args) < 32 and {v.expr for v in program.arg.vars} <= {"core_id"}
+            and all(u.op is Ops.PARAM or not u.op_in_backward_slice_with_self(Ops.PARAM) for u in args))
+  def __init__(self, linear:UOp, input_uops:tuple[UOp, ...]=()):
+    super().__init__(linear, input_uops)
+    self.commands, self.arrived, self.inputs = np.zeros((len(self.calls), 35), np.uint64), np.zeros(1, np.uint64), []
+    for command, (_, program, bufs, _), runtime, replace in zip(self.commands, self.calls, self.runtimes, self.uop_replace):
+      info = program.arg  # a command: the kernel's address, its rounds, the argument that is the round, the arguments
+      command[:3] = runtime.addr, info.global_size[0] if info.vars else 1, len(info.globals) if info.vars else 31
+      command[3:3+len(info.globals)] = [bufs[i]._buf.va_addr for i in info.globals]
+      self.inputs += [(command, 3+info.globals.index(p), slot) for p, slot in replace if p in info.globals]
+  def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False) -> float:
+    start, (program, pool) = time.perf_counter(), team()
+    for command, i, slot in self.inputs: command[i] = input_uops[slot].buffer._buf.va_addr
+    self.arrived[0] = 0
+    give_way = ctypes.cast(libc.dll.sched_yield, ctypes.c_void_p).value
+    def work(me:int):
+      program.fxn(*map(ctypes.c_uint64, (self.commands.ctypes.data, len(self.commands), me, cores(),
+                                         self.arrived.ctypes.data, give_way)))
+    others = [pool.submit(work, me) for me in range(1, cores())]
+    work(0)
+    for other in others: other.result()
+    return time.perf_counter() - start
 
 class Kept(dict):
   """A dict of tinygrad's that lives as long as the process, kept in tinygrad's cache on the disk as well.
@@ -411,6 +475,9 @@ CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"  # tinygra
 tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")
 tinygrad.codegen.to_program_cache = tinygrad.engine.realize.to_program_cache = \
   Kept("ddpm_programs", without_code, with_code)
+
+try: vector_lanes(device())  # before the first kernel is compiled, so that all processes that compile agree
+except RuntimeError: pass  # a program calls device() itself and says so
 
 # ***** 5. checkpoints: one safetensors file that carries the network's arguments *****
 
