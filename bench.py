@@ -4,6 +4,7 @@ python bench.py --preset mnist --batch 32"""
 import argparse, json, statistics, sys, time
 import numpy as np
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, helpers
+from tinygrad.uop.ops import Ops
 import train, unet
 from ddpm import DDPM
 
@@ -24,7 +25,7 @@ def forward_flops(model:unet.UNet, batch:int) -> int:
   finally: unet.convolve = convolve
   return count[0]
 
-def measure(call, repeats:int, desc:str) -> dict:
+def measure(call, jit:TinyJit, repeats:int, desc:str) -> dict:
   """Seconds of the first call and the median of `repeats` later ones; kernels and executed operations of one."""
   def timed() -> float:
     GlobalCounters.reset()
@@ -36,8 +37,10 @@ def measure(call, repeats:int, desc:str) -> dict:
   first = timed()
   timed()
   later = [timed() for _ in helpers.trange(repeats, desc=desc)]
+  # a call is one kernel or, where the device runs them in batches, a graph of several
+  kernels = sum(len(c.src[0].src[0].src) if c.src[0].op is Ops.CUSTOM_FUNCTION else 1 for c in jit.captured.linear.src)
   return dict(first=first, median=statistics.median(later), fastest=min(later), slowest=max(later),
-              kernels=GlobalCounters.kernel_count, ops=GlobalCounters.global_ops)
+              kernels=kernels, ops=GlobalCounters.global_ops)
 
 def main(argv:list[str]|None=None):
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -66,14 +69,15 @@ def main(argv:list[str]|None=None):
     n[0] += 1
     x, t, eps, y, seeds = train.draw(a, images, np.zeros(b.batch, np.int32), 0, n[0])
     step(*map(lay, (x, t, eps, y, seeds[0], np.array([0, 1, *train.hyper(a, n[0])], np.float32))))[1].item()
-  training = measure(train_step, b.repeats, "training step")
+  training = measure(train_step, step, b.repeats, "training step")
   memory = GlobalCounters.mem_used
 
   def one(x:Tensor, t:Tensor, z:Tensor) -> Tensor: return ddpm.p_sample(state.average, x, t, z).realize()
   jit = TinyJit(one)
   jit.cnt = 1  # see train.make_step
   x, t = lay(rng.standard_normal(images.shape, np.float32)), lay(np.full(b.batch, ddpm.T, np.int32))
-  sampling = measure(lambda: jit(x, t, lay(rng.standard_normal(images.shape, np.float32))), b.repeats, "sampling step")
+  sampling = measure(lambda: jit(x, t, lay(rng.standard_normal(images.shape, np.float32))), jit, b.repeats,
+                     "sampling step")
 
   flops = forward_flops(state.model, b.batch)
   result = dict(

@@ -152,7 +152,7 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
     x0 = x.cast(dtypes.float32) / 127.5 - 1
     model = lambda x_t, t: state.model(x_t, t, y if a.class_conditional else None, seed if a.dropout else None)
     if a.loss == "simple": loss = ddpm.loss_terms(model, x0, t, eps)
-    else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False) / chance[t].shard_like(t)  # its mean: Σₜ Lₜ₋₁, bits/dim
+    else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False) / chance[t].shard_like(t)  # the mean is Σₜ Lₜ₋₁
     grad = state.flat["grad"]
     for view, g in zip(state.views("grad"), loss.mean().gradient(*nn.state.get_parameters(state.model))):
       view.assign(view * keep + g.reshape(view.shape) / a.accum if a.accum > 1 else g.reshape(view.shape))
@@ -173,8 +173,9 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
 
 @functools.cache
 def chances(T:int, schedule:str) -> np.ndarray:
-  """How often L_vlb draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1; row 0
-  is not drawn. Not in the paper: drawn evenly, t = 1, with up to half of the bound, comes once in T."""
+  """How often L_vlb draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1.
+
+  Not in the paper. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Row 0 is not drawn."""
   d = DDPM(T=T, schedule=schedule)
   weight = np.append(0, d.beta[1:] / (d.alpha[1:] * (1 - d.alpha_bar[1:])))
   return weight / weight.sum()
@@ -293,7 +294,7 @@ def main(argv:list[str]|None=None):
   signal.signal(signal.SIGINT, interrupt)
 
   step, tty = make_step(state, ddpm, a), sys.stderr.isatty()
-  print("compiling the step (about a minute on two cores) ...", file=sys.stderr)
+  print("compiling the step (the first time about a minute on two cores) ...", file=sys.stderr)
   seconds, spoken, n, part = None, 0., begun, a.batch//a.accum
   with open(out/"log.jsonl", "a", buffering=1) as f:
     while n < a.steps and not stop:

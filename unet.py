@@ -1,6 +1,7 @@
 """The network of DDPM, Appendix B: a U-Net that sees the noisy image x_t and the time t and returns an image."""
 from __future__ import annotations
-import concurrent.futures, ctypes, functools, hashlib, importlib.metadata, itertools, json, math, os, pathlib, re, shutil, subprocess, time, urllib.error
+import concurrent.futures, ctypes, functools, hashlib, importlib.metadata, itertools, json, math, os, pathlib, re
+import shutil, subprocess, sys, time, urllib.error
 import numpy as np
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
 from tinygrad import Device, Tensor, dtypes, function, helpers, nn
@@ -168,15 +169,19 @@ def first_device(x:Tensor) -> str: return x.device if isinstance(x.device, str) 
 
 def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n % d == 0)
 
+def shared_round(n:int) -> UOp:
+  """The number, below n, of a round that any core may take: tinygrad's core_id.
+
+  "&" because clang makes no vectors where the number could be negative."""
+  return (UOp.variable("core_id", 0, n-1, dtypes.int, param=True) & 2**16-1).cast(dtypes.weakint)
+
 def tile(size:int, amount:int, axis:int, shared:bool=False) -> tuple[UOp, list[UOp]]:
   """A loop over `size` whose innermost `amount` are unrolled into registers: (index, its ranges).
 
   If shared, the cores share its rounds."""
   inner = [UOp.range(amount, 100+axis, AxisType.UPCAST)] if amount > 1 else []
   start = inner[0] if inner else UOp.const(0, dtypes.weakint)
-  if shared and size > amount:  # "& 255" because clang makes no vectors where the number could be negative
-    task = UOp.variable("core_id", 0, size//amount-1, dtypes.int, param=True)
-    return (task & 255).cast(dtypes.weakint)*amount + start, inner
+  if shared and amount < size <= 2**16: return shared_round(size//amount)*amount + start, inner
   outer = [UOp.range(size//amount, axis)] if amount < size or not inner else []
   return sum((r*amount if inner else r for r in outer), start=start), outer+inner
 
@@ -202,7 +207,7 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, lanes:int) -> UOp:
   channels, pixels = register_tile(B*H*W*O*k*k*C, lanes)
   th = divisor(H, pixels//(tw := divisor(W, pixels)))
   tb = divisor(B, pixels//(tw*th))
-  shared = -1 if not lanes or B > 256 or B*H*W*O*k*k*C < 2**18 else 0 if B//tb >= 8 else 1  # the axis shared among the cores
+  shared = -1 if not lanes or B*H*W*O*k*k*C < 2**18 else 0 if B//tb >= 8 else 1  # which axis the cores share
   (b, rb), (h, rh), (v, rv), (o, ro) = [tile(n, t, i, i == shared) for i, (n, t) in
     enumerate(((B, tb), (H, th), (W, tw), (O, divisor(O, channels))))]
   acc = summed((k, k, C), 4, lambda i, j, c: x[b, h*stride+i, v*stride+j, c] * w[b if n > 1 else 0, i, j, c, o])
@@ -385,7 +390,6 @@ def vector_lanes(device:str) -> int:
   os.environ.update(DMC="1", NOOPT="1")
   helpers.getenv.cache_clear()
   helpers.NOOPT.value = 1
-  if os.name == "posix" and cores() > 1 and isinstance(Device["CPU"].renderer, ClangRenderer): Device["CPU"].graph = Team
   return 16 if wide_vectors() and not outdated_clang() else 8
 
 os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")  # a compiling process lives for all kernels, not for 16
@@ -398,49 +402,79 @@ void run(word *command, word n, word me, word team, word *arrived, void (*give_w
     void (*kernel)(%s) = (void*)command[0];
     for (word task = me; task < command[1]; task += team) { a[command[2]] = task; kernel(%s); }
     __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
-    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i*team; spins++) if (spins > 1000) give_way();
+    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i*team; spins++) {
+      if (__atomic_load_n(arrived+1, __ATOMIC_RELAXED)) return;
+      if (spins > 1000) give_way();
+    }
   }
 }""" % (", ".join(["word"]*32), ", ".join(f"a[{k}]" for k in range(32)))
 
-def cores() -> int: return min(len(os.sched_getaffinity(0)), helpers.NUM_CPU_THREADS.value, 16)
+@functools.cache
+def cores() -> int:
+  """How many cores share a kernel: those that the process may use, $NUM_CPU_THREADS if given, at most 16."""
+  allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 16
+  return max(1, min(16, helpers.NUM_CPU_THREADS.value, allowed))
 
 @functools.cache
 def team() -> tuple:
-  """The compiled function, and the threads that call it beside the main one."""
+  """What runs the kernels: the compiled function, and the threads that call it beside the main one."""
   from tinygrad.runtime.ops_cpu import CPUProgram
   cpu = Device["CPU"]
   code = TinyELF(cpu.renderer.compiler.compile_cached(TEAM), "run", cpu.renderer.target, (), b"")
   return CPUProgram(cpu, code), concurrent.futures.ThreadPoolExecutor(max(1, cores()-1))
 
 class Team(GraphRunner):
-  """The kernels of a TinyJit on the CPU as one call, in which all cores share the rounds of each kernel's outer loop.
+  """The kernels that a TinyJit has captured, as one call in which the cores share the rounds of each one's outer loop.
 
-  tinygrad alone runs those one after another on one core. Between two kernels each core waits for the others."""
+  tinygrad's own CPU device runs those rounds one after another on one core. Between kernels the cores wait for each
+  other. One kernel is a row of `commands`: address, rounds, which argument is the round, then its arguments."""
   @staticmethod
   def supports_uop(devices:list, call:UOp) -> bool:
-    program, args = call.src[0], get_call_arg_uops(call)
-    return (GraphRunner.supports_uop(devices, call) and len(args) < 32 and {v.expr for v in program.arg.vars} <= {"core_id"}
+    args = get_call_arg_uops(call)
+    return (GraphRunner.supports_uop(devices, call) and len(args) < 32
+            and {v.expr for v in call.src[0].arg.vars} <= {"core_id"}
             and all(u.op is Ops.PARAM or not u.op_in_backward_slice_with_self(Ops.PARAM) for u in args))
+
   def __init__(self, linear:UOp, input_uops:tuple[UOp, ...]=()):
     super().__init__(linear, input_uops)
-    self.commands, self.arrived, self.inputs = np.zeros((len(self.calls), 35), np.uint64), np.zeros(1, np.uint64), []
-    for command, (_, program, bufs, _), runtime, replace in zip(self.commands, self.calls, self.runtimes, self.uop_replace):
-      info = program.arg  # a command: the kernel's address, its rounds, the argument that is the round, the arguments
+    self.commands, self.inputs = np.zeros((len(self.calls), 35), np.uint64), []
+    for command, call, runtime, replace in zip(self.commands, self.calls, self.runtimes, self.uop_replace):
+      _, program, bufs, _ = call
+      info = program.arg
       command[:3] = runtime.addr, info.global_size[0] if info.vars else 1, len(info.globals) if info.vars else 31
       command[3:3+len(info.globals)] = [bufs[i]._buf.va_addr for i in info.globals]
-      self.inputs += [(command, 3+info.globals.index(p), slot) for p, slot in replace if p in info.globals]
+      self.inputs += [(command, 3+info.globals.index(i), slot) for i, slot in replace if i in info.globals]
+
   def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False) -> float:
-    start, (program, pool) = time.perf_counter(), team()
+    start, (program, pool), arrived = time.perf_counter(), team(), np.zeros(2, np.uint64)
     for command, i, slot in self.inputs: command[i] = input_uops[slot].buffer._buf.va_addr
-    self.arrived[0] = 0
     give_way = ctypes.cast(libc.dll.sched_yield, ctypes.c_void_p).value
     def work(me:int):
       program.fxn(*map(ctypes.c_uint64, (self.commands.ctypes.data, len(self.commands), me, cores(),
-                                         self.arrived.ctypes.data, give_way)))
-    others = [pool.submit(work, me) for me in range(1, cores())]
-    work(0)
-    for other in others: other.result()
+                                         arrived.ctypes.data, give_way)))
+    try:
+      others = [pool.submit(work, me) for me in range(1, cores())]
+      work(0)
+      for other in others: other.result()
+    except BaseException:  # Ctrl-C: let nobody wait for one who does not come
+      arrived[1] = 1
+      raise
     return time.perf_counter() - start
+
+def share(linear:UOp) -> UOp:
+  """A schedule in which the cores share the outer loop of tinygrad's own kernels too, where they are large."""
+  def shared(kernel:UOp) -> UOp:
+    store, first, *others = kernel.src[0].src
+    n = divisor(size := first.vmax+1, 64)
+    rest = [first.replace(src=(UOp.const(size//n, dtypes.weakint),))] if n < size else []
+    i = shared_round(n)*(size//n) + (rest[0] if rest else 0)
+    return kernel.replace(src=(store.substitute({first: i}).end(*rest, *others),))
+  def large(call:UOp) -> bool:
+    kernel = call.src[0]
+    return (kernel.op is Ops.SINK and kernel.arg.opts_to_apply is None and kernel.src[0].op is Ops.END
+            and all(u.device == "CPU" for u in call.src[1:]) and divisor(kernel.src[0].src[1].vmax+1, 64) > 1
+            and math.prod(r.vmax+1 for r in kernel.src[0].src[1:]) > 2**17)
+  return linear.replace(src=tuple(c.replace(src=(shared(c.src[0]), *c.src[1:])) if large(c) else c for c in linear.src))
 
 class Kept(dict):
   """A dict of tinygrad's that lives as long as the process, kept in tinygrad's cache on the disk as well.
@@ -451,8 +485,11 @@ class Kept(dict):
     settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items())
     self.table, self.shrink, self.restore = table, shrink, restore
     self.settings = repr((importlib.metadata.version("tinygrad"), os.environ.get("DMC"), settings))
+    self.missing, self.made, self.told = set(), 0, time.monotonic()
   def digest(self, key) -> str: return hashlib.sha256(repr((self.settings, key)).encode()).hexdigest()
-  def __contains__(self, key) -> bool: return self.get(key) is not None
+  def __contains__(self, key) -> bool:
+    if (found := self.get(key)) is None: self.missing.add(key)
+    return found is not None
   def get(self, key, default=None):
     if not super().__contains__(key) and (v := helpers.diskcache_get(self.table, self.digest(key))) is not None:
       super().__setitem__(key, self.restore(key, v))
@@ -460,6 +497,13 @@ class Kept(dict):
   def __setitem__(self, key, value):
     super().__setitem__(key, value)
     helpers.diskcache_put(self.table, self.digest(key), self.shrink(value))
+    # a first step takes a minute: show that it goes on
+    self.missing.discard(key)
+    self.made, tty = self.made+1, sys.stderr.isatty()
+    if not self.missing and self.made: self.told, self.made = time.monotonic(), 0
+    elif time.monotonic()-self.told > (0.2 if tty else 10):
+      self.told, text = time.monotonic(), f"compiling: {self.made} of {self.made+len(self.missing)} kernels"
+      print(f"\r\033[K{text}\r" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
 
 def without_code(program:UOp) -> UOp:
   """Of a lowered kernel what a launch reads: its parameters and its source, which the compiler's own cache knows."""
@@ -471,12 +515,17 @@ def with_code(key:tuple, program:UOp) -> UOp:
   compiler = Device[key[2].device].renderer.compiler
   return program.replace(src=(*program.src, UOp(Ops.BINARY, arg=compiler.compile_cached(program.src[2].arg))))
 
-CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"  # tinygrad's holds an address: a new key each time
+# tinygrad's own holds an address, and so would make a new key each time
+CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"
 tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")
 tinygrad.codegen.to_program_cache = tinygrad.engine.realize.to_program_cache = \
   Kept("ddpm_programs", without_code, with_code)
 
-try: vector_lanes(device())  # before the first kernel is compiled, so that all processes that compile agree
+try:
+  vector_lanes(device())  # before the first kernel is compiled, so that all processes that compile agree
+  if device() == "CPU" and os.name == "posix" and cores() > 1 and isinstance(Device["CPU"].renderer, ClangRenderer):
+    Device["CPU"].graph, create_schedule = Team, tinygrad.schedule.create_schedule
+    tinygrad.schedule.create_schedule = lambda sink: share(create_schedule(sink))
 except RuntimeError: pass  # a program calls device() itself and says so
 
 # ***** 5. checkpoints: one safetensors file that carries the network's arguments *****
