@@ -43,9 +43,15 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--seed", type=int, help="fixes every random number", default=0)
   p.add_argument("--T", type=int, help="steps of the diffusion", default=1000)
   p.add_argument("--schedule", choices=("linear", "cosine", "quad", "const"), help="of the betas", default="linear")
+  p.add_argument("--beta-1", type=float, help="the first of them", default=1e-4)
+  p.add_argument("--beta-T", type=float, help="the last of them", default=0.02)
   p.add_argument("--predict", choices=("eps", "x0", "mu"), help="what the network predicts (Table 2)", default="eps")
   p.add_argument("--loss", choices=("simple", "vlb"), help="L_simple or the variational bound (Table 2)",
                  default="simple")
+  p.add_argument("--times", choices=("uniform", "weighted"), default="uniform",
+                 help="how t is drawn: evenly, or as often as its weight in L_vlb (not in the paper; always so for vlb)")
+  p.add_argument("--dequantize", action="store_true", default=False,
+                 help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode; not in the paper)")
   p.add_argument("--sigma", choices=("beta", "beta_tilde"), help="variance of the reverse steps (Section 3.2)",
                  default="beta")
   p.add_argument("--channels", type=int, help="of the first level")
@@ -144,7 +150,7 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), norm of the gradient)."""
   # in two stages: a float32 sum of millions would drift
   def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()
-  chance = Tensor(chances(a.T, a.schedule).astype(np.float32), device=state.devices[0]).realize()
+  chance = Tensor(chances(a.T, a.beta_1, a.beta_T, a.schedule).astype(np.float32), device=state.devices[0]).realize()
 
   @TinyJit
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
@@ -172,11 +178,11 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   return step
 
 @functools.cache
-def chances(T:int, schedule:str) -> np.ndarray:
-  """How often L_vlb draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1.
+def chances(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
+  """How often to draw t for L_vlb: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1.
 
   Not in the paper. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Row 0 is not drawn."""
-  d = DDPM(T=T, schedule=schedule)
+  d = DDPM(T, beta_1, beta_T, schedule)
   weight = np.append(0, d.beta[1:] / (d.alpha[1:] * (1 - d.alpha_bar[1:])))
   return weight / weight.sum()
 
@@ -185,7 +191,9 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
   x, y = data.batch_at(images, labels, n-1, a.batch, a.seed, a.flip)
   rng = np.random.default_rng([a.seed, 1, n])
   t, eps = rng.integers(1, a.T+1, a.batch, np.int32), rng.standard_normal(x.shape, np.float32)
-  if a.loss == "vlb": t = rng.choice(a.T+1, a.batch, p=chances(a.T, a.schedule)).astype(np.int32)
+  if a.loss == "vlb" or a.times == "weighted":
+    t = rng.choice(a.T+1, a.batch, p=chances(a.T, a.beta_1, a.beta_T, a.schedule)).astype(np.int32)
+  if a.dequantize: x = x + (rng.random(x.shape, np.float32) - 0.5)
   # classifier-free guidance needs a network that knows "no class" as well
   y = np.where(rng.random(a.batch) < a.drop_labels, null, y).astype(np.int32)
   return x, t, eps, y, rng.integers(0, 2**32, (a.accum, 1), np.uint32)
@@ -200,7 +208,7 @@ def hyper(a:argparse.Namespace, n:int) -> list[float]:
 def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
-          "T", "schedule", "predict", "loss", "sigma", "flip", "class_conditional", "drop_labels")
+          "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "sigma", "flip", "class_conditional", "drop_labels")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 
@@ -229,7 +237,7 @@ def main(argv:list[str]|None=None):
   config = dict(in_channels=C, channels=a.channels, channel_mult=a.channel_mult, num_res_blocks=a.num_res_blocks,
                 attn_resolutions=a.attn, dropout=a.dropout, image_size=H, norm_groups=a.norm_groups,
                 num_classes=classes, seed=a.seed)
-  ddpm_args = dict(T=a.T, schedule=a.schedule, sigma=a.sigma, predict=a.predict)
+  ddpm_args = dict(T=a.T, beta_1=a.beta_1, beta_T=a.beta_T, schedule=a.schedule, sigma=a.sigma, predict=a.predict)
   ddpm, out = DDPM(**ddpm_args), pathlib.Path(a.out)
   if ddpm.alpha_bar[-1] > 1e-2:
     print(f"train.py: warning: with T = {a.T} the last x_T still holds {ddpm.alpha_bar[-1]**.5:.0%} of the image, "
