@@ -4,7 +4,7 @@ never the code's own output.
   make test                         all of them
   .venv/bin/python -m pytest -q test_ddpm.py -k ddpm      one section: ddpm, unet, data, train, sample or evaluate
 """
-import contextlib, functools, gzip, hashlib, http.server, inspect, io, json, math, os, pathlib, re, signal, stat
+import contextlib, ctypes, functools, gzip, hashlib, http.server, inspect, io, json, math, os, pathlib, re, signal, stat
 import subprocess, sys, tarfile, threading, time, tracemalloc, types, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -664,6 +664,71 @@ def test_dropout():
   assert abs(np.corrcoef((a == 0).ravel(), (c == 0).ravel())[0, 1]) < 4 / np.sqrt(a.size)
   assert abs(np.corrcoef((a == 0).ravel()[1:], (a == 0).ravel()[:-1])[0, 1]) < 4 / np.sqrt(a.size)
 
+# *** what tinygrad's CPU device is helped with ***
+
+shared_cores = pytest.mark.skipif(getattr(Device[Device.DEFAULT], "graph", None) is not unet.Team,
+                                  reason="for the CPU with 2 cores or more")
+
+@shared_cores
+@pytest.mark.parametrize("members", (1, 2, 5))
+def test_jitted_kernels_are_shared_among_cores(members, monkeypatch):
+  monkeypatch.setattr(unet, "cores", lambda: members)
+  unet.team.cache_clear()
+  x, w, full = arr(24, 16, 16, 16), arr(3, 3, 16, 16, seed=1), arr(24, 16, 16, 16, seed=2)
+  @TinyJit
+  def f(x, w, full):
+    y = unet.convolve(x, w, full, lo=1, hi=1)
+    dx, dw = (y * full).sum().gradient(x, w)
+    return y.realize(), dx.realize(), dw.realize(), (full.exp() + x).realize()
+  f.cnt = 1
+  try:
+    for shift in (0, 1, 2):  # with other buffers each time
+      y, dx, dw, e = [v.numpy() for v in f(*(Tensor(a + np.float32(shift)).realize() for a in (x, w, full)))]
+      xs, ws, fs = x + np.float32(shift), w + np.float32(shift), full + np.float32(shift)
+      np.testing.assert_allclose(y, conv_by_hand(xs, ws, 1, 1, 1) + fs, rtol=1e-4, atol=1e-2)
+      flipped = ws[::-1, ::-1].transpose(0, 1, 3, 2)
+      np.testing.assert_allclose(dx, conv_by_hand(fs, flipped, 1, 1, 1), rtol=1e-4, atol=1e-2)
+      padded = np.pad(xs.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+      want = np.stack([[np.einsum("bhwc,bhwo->co", padded[:, i:i+16, j:j+16], fs) for j in range(3)] for i in range(3)])
+      np.testing.assert_allclose(dw, want, rtol=1e-4, atol=0.1)
+      np.testing.assert_allclose(e, np.exp(fs.astype(np.float64)) + xs, rtol=1e-5, atol=1e-4)
+    graphs = [c for c in f.captured.linear.src if c.src[0].arg == "graph"]
+    rounds = [call.src[0].arg.global_size[0] for c in graphs for call in c.src[0].src[0].src]
+    assert max(rounds) >= 8 and len(graphs) >= 1
+  finally:
+    monkeypatch.undo()
+    unet.team.cache_clear()
+
+@shared_cores
+def test_a_core_does_not_wait_for_one_that_was_interrupted():
+  program, _ = unet.team()
+  command, arrived = np.zeros((1, 35), np.uint64), np.array([0, 1], np.uint64)  # no rounds; somebody has left
+  give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+  program.fxn(*map(ctypes.c_uint64, (command.ctypes.data, 1, 0, 2, arrived.ctypes.data, give_way)))
+  assert arrived[0] == 1
+
+def test_a_second_program_schedules_and_lowers_nothing(tmp_path):
+  program = """if True:
+    import sys, numpy as np, unet
+    made, put = [], unet.Kept.__setitem__
+    unet.Kept.__setitem__ = lambda cache, key, value: (made.append(key), put(cache, key, value))
+    from tinygrad import Tensor
+    x = Tensor(np.arange(2*8*8*8, dtype=np.float32).reshape(2, 8, 8, 8) % 7).realize()
+    model = unet.UNet(1, 8, (1,), 1, (), 0., 8, 4)
+    y = model.down[0][0](x, Tensor(np.ones((2, 32), np.float32)).realize(), None)
+    total = y.sum().item() if len(sys.argv) < 2 else y.square().sum().item()
+    print(len(made) > 0, total, y.numpy().tobytes().hex())"""
+  def call(*more, **env):
+    env = os.environ | {"CACHEDB": str(tmp_path/"cache.db"), "CACHELEVEL": "2"} | env
+    out = subprocess.run([sys.executable, "-c", program, *more], cwd=Path(__file__).parent, env=env,
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    return out.stdout.split()
+  first, second, other = call(), call(), call("other")
+  assert first[0] == "True" and second[0] == "False" and first[1:] == second[1:]
+  assert other[0] == "True" and other[2] == first[2]  # what is new is made
+  assert call(TRANSCENDENTAL="2")[0] == "True"        # and under another setting all of it
+
 # ***** train.py *****
 
 SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "",
@@ -739,6 +804,40 @@ def test_parts_of_a_batch_and_several_devices_give_the_same_step():
   for other in (step_once(accum=2), step_once(gpus=4) if Device.DEFAULT == "CPU" else one):
     assert abs(last(other)[0] - last(one)[0]) < 1e-3 * last(one)[0]
     np.testing.assert_allclose(last(other)[1], last(one)[1], atol=2e-5)
+
+def test_times_are_drawn_by_their_weight_in_the_bound():
+  # the weight of ‖ε − ε_θ‖² is half of what log SNR loses in a step, up to its square
+  for flags in ([], ["--schedule", "quad", "--beta-1", "1e-6", "--beta-T", "0.03"]):
+    a = train.arguments(["--times", "weighted", "--batch", "64", *flags])
+    d = DDPM(a.T, a.beta_1, a.beta_T, a.schedule)
+    p, snr = train.chances(a.T, a.beta_1, a.beta_T, a.schedule), d.alpha_bar[1:] / (1 - d.alpha_bar[1:])
+    lost = -np.diff(np.log(snr))
+    assert p[0] == 0 and p.sum() == pytest.approx(1) and len(p) == 1001
+    close(p[102:] / p[500], lost[100:] / lost[498], rtol=0.05)
+    assert p[1] / p[500] == pytest.approx(1 / (lost[498] + lost[498]**2/2), rel=0.05)  # β₁/(α₁(1−ᾱ₁)) is 1/α₁
+    t = np.concatenate([train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, n)[1]
+                        for n in range(1, 201)])
+    for low, high in ((1, 1), (2, 10), (11, 300), (301, 1000)):
+      want = p[low:high+1].sum()
+      assert abs(((t >= low) & (t <= high)).mean() - want) < 5*np.sqrt(want/len(t))
+  # so weighted, L_vlb's estimate is what evenly drawn times give
+  model = lambda x, t: x * 0.9
+  d, eps = DDPM(T=20), f32(rng(2).standard_normal((20, 1, 4, 4)))
+  x0 = f32(rng(1).integers(0, 256, (20, 1, 4, 4)) / 127.5 - 1)
+  L, p = vec(d.vlb_term(model, x0, at_times(*range(1, 21)), eps)), train.chances(20, 1e-4, 0.02, "linear")[1:]
+  t = np.random.default_rng(0).choice(20, 200_000, p=p)
+  assert (L[t] / p[t]).mean() == pytest.approx(L.sum(), rel=5 * (L[t] / p[t]).std() / L.sum() / math.sqrt(200_000))
+
+def test_dequantized_images_and_dropped_labels():
+  images = rng().integers(0, 256, (64, 1, 8, 8), np.uint8)
+  draw = lambda *flags: train.draw(train.arguments([*SMALL, "--batch", "64", *flags]),
+                                   images, np.zeros(64, np.int32), 9, 1)
+  whole, spread = draw()[0], draw("--dequantize")[0]
+  u = spread - whole
+  assert whole.dtype == np.uint8 and u.min() >= -0.5 and u.max() <= 0.5 and abs(u.std() - 12**-0.5) < 0.01
+  assert abs(np.corrcoef(u.ravel(), draw()[2].ravel())[0, 1]) < 5 / 64
+  for p in (0, 0.5, 1): assert abs((draw("--drop-labels", str(p))[3] == 9).mean() - p) < 0.3
+  assert (draw("--drop-labels", "0")[3] == 0).all() and (draw("--drop-labels", "1")[3] == 9).all()
 
 def test_warm_up_and_average():
   a = train.arguments(["--warmup", "10", "--lr", "0.1", "--ema", "0.99"])

@@ -49,7 +49,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--loss", choices=("simple", "vlb"), help="L_simple or the variational bound (Table 2)",
                  default="simple")
   p.add_argument("--times", choices=("uniform", "weighted"), default="uniform",
-                 help="how t is drawn: evenly, or as often as its weight in L_vlb (not in the paper; always so for vlb)")
+                 help="how t is drawn: evenly, or as its weight in L_vlb (not in the paper; always so for vlb)")
   p.add_argument("--dequantize", action="store_true", default=False,
                  help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode; not in the paper)")
   p.add_argument("--sigma", choices=("beta", "beta_tilde"), help="variance of the reverse steps (Section 3.2)",
@@ -208,7 +208,8 @@ def hyper(a:argparse.Namespace, n:int) -> list[float]:
 def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
-          "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "sigma", "flip", "class_conditional", "drop_labels")
+          "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "sigma", "flip",
+          "class_conditional", "drop_labels")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 

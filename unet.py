@@ -471,7 +471,7 @@ def share(linear:UOp) -> UOp:
     return kernel.replace(src=(store.substitute({first: i}).end(*rest, *others),))
   def large(call:UOp) -> bool:
     kernel = call.src[0]
-    return (kernel.op is Ops.SINK and kernel.arg.opts_to_apply is None and kernel.src[0].op is Ops.END
+    return (kernel.op is Ops.SINK and getattr(kernel.arg, "opts_to_apply", 0) is None and kernel.src[0].op is Ops.END
             and all(u.device == "CPU" for u in call.src[1:]) and divisor(kernel.src[0].src[1].vmax+1, 64) > 1
             and math.prod(r.vmax+1 for r in kernel.src[0].src[1:]) > 2**17)
   return linear.replace(src=tuple(c.replace(src=(shared(c.src[0]), *c.src[1:])) if large(c) else c for c in linear.src))
