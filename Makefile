@@ -1,4 +1,4 @@
-# make train [DATASET=mnist] [ARGS="--steps 20000"]    make sample [ARGS="--n 64"]    make evaluate    make test
+# make train [DATASET=mnist] [ARGS="--steps 20000"]    make sample [ARGS="--n 64"]    make evaluate    make test    make gallery
 # The first of them sets everything up: a virtual environment, the pinned packages and, if tinygrad needs one, a compiler.
 DATASET ?= glyphs
 ARGS ?=
@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python3.14; 
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY = .venv/bin/python
 
-.PHONY: train sample evaluate bench test table2 setup clean
+.PHONY: train sample evaluate bench test table2 gallery setup clean
 train: setup
 	@$(PY) train.py --dataset $(DATASET) $(ARGS)
 sample: setup
@@ -24,6 +24,21 @@ table2: setup
 	  $(PY) train.py --dataset $(DATASET) --predict $$1 --loss $$2 --sigma $$3 --out runs/table2/$(DATASET)-$$1-$$2-$$3 $(ARGS) && \
 	  $(PY) evaluate.py --checkpoint runs/table2/$(DATASET)-$$1-$$2-$$3/ema.safetensors --n 500 --json runs/table2/$(DATASET)-$$1-$$2-$$3/bound.json || exit 1; done
 	@for f in runs/table2/$(DATASET)-*/bound.json; do echo "$$(basename $$(dirname $$f)): $$($(PY) -c 'import json, sys; b = json.load(open(sys.argv[1])); print("%.3f +- %.3f bits/dim" % (b["bits_per_dim"], b["standard_error"]))' $$f)"; done
+
+# the pictures of README.md, from the model in the box (needs MNIST: two of them begin with test images)
+CHECKPOINT ?= checkpoints/mnist.safetensors
+STEPS ?= 1000
+DRAW = $(PY) sample.py --checkpoint $(CHECKPOINT)
+gallery: setup
+	@mkdir -p assets
+	@$(DRAW) --steps $(STEPS) --n 64 --out assets/samples.png
+	@$(DRAW) --steps $(STEPS) --n 8 --out assets/reverse.png --gif assets/reverse.gif
+	@$(DRAW) --steps $(STEPS) --progressive --n 6 --out assets/progressive.png
+	@$(DRAW) --steps $(STEPS) --interpolate 500 --n 4 --out assets/interpolation.png
+	@$(DRAW) --sampler ddim --steps $$(($(STEPS)/10)) --classes --guidance 2 --out assets/classes.png
+	@$(PY) evaluate.py --checkpoint $(CHECKPOINT) --n 64 --samples-t 200 --rate-distortion assets/rate-distortion.csv
+	@$(PY) -c 'import pathlib, sys, train; train.draw_curve("assets/loss.png", train.read_log(pathlib.Path(sys.argv[1]), 10**9))' $(CHECKPOINT:.safetensors=.jsonl)
+	@rm -f assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
 
 setup: .venv/ready
 	@$(PY) -c 'import sys, unet; sys.exit(unet.device().startswith("CPU") and unet.outdated_clang())' 2>/dev/null || sh ./setup.sh $(PY)

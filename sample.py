@@ -281,7 +281,8 @@ def arguments(argv):
   p.add_argument("--n", type=number(int, 1), help="images (default: 16); rows of a figure; images of each class (8)")
   p.add_argument("--seed", type=number(int, 0), default=0)
   p.add_argument("--batch", type=number(int, 1), default=64, help="images at once: a matter of memory, not of result")
-  p.add_argument("--class", dest="label", type=number(int, 0), metavar="K", help="of a class-conditional model")
+  p.add_argument("--class", dest="label", type=number(int, 0), metavar="K",
+                 help="of a class-conditional model (default: any)")
   p.add_argument("--guidance", type=number(float, 0, 100), metavar="W", help="0: no label, 1: plain (default), more")
   figure = p.add_mutually_exclusive_group()
   figure.add_argument("--classes", action="store_true", help="a row of images for each class")
@@ -297,7 +298,6 @@ def arguments(argv):
   args = p.parse_args(argv)
   if args.eta is not None and args.sampler != "ddim": p.error(f"--eta is for --sampler ddim, not for {args.sampler}")
   if args.label is not None and args.classes: p.error("--class is one class and --classes all of them: choose one")
-  if args.guidance is not None and args.label is None and not args.classes: p.error("--guidance needs --class")
   if (args.npz or args.gif) and (args.progressive or args.shared or args.interpolate):
     p.error("--npz and --gif are for samples, not for a figure")
   if args.shared and (args.sampler == "ode" or args.sampler == "ddim" and not args.eta):
@@ -316,7 +316,8 @@ def main(argv=None):
   ddpm, config = DDPM(**meta.get("ddpm", {})), net.config
   shape, null = (config["in_channels"], config["image_size"], config["image_size"]), config["num_classes"]
   times = timesteps(ddpm.T, ddpm.T if args.steps is None else args.steps, args.spacing)
-  if not null and (args.classes or args.label is not None): raise ValueError(f"{checkpoint} is trained without classes")
+  if not null and (args.classes or args.label is not None or args.guidance is not None):
+    raise ValueError(f"{checkpoint} is trained without classes")
   if null and args.label is not None and args.label >= null:
     raise ValueError(f"--class must be from 0 to {null - 1} for this model, not {args.label}")
   if args.interpolate and args.interpolate > ddpm.T:
@@ -357,7 +358,11 @@ def main(argv=None):
     if args.progressive: x0, ncols = progressive(draw, x_T, times)
     elif args.shared: x0, ncols = shared(draw, x_T, times, args.shared)
     else:
-      labels, ncols = (np.repeat(np.arange(null, dtype=np.int32), rows), rows) if args.classes else (None, None)
+      labels, ncols = None, None
+      if args.classes: labels, ncols = np.repeat(np.arange(null, dtype=np.int32), rows), rows
+      # without a class any of them, x ~ Σ_y p(x | y) / K: better than the null class, which --guidance 0 gives
+      elif null and args.label is None:
+        labels = np.array([g.integers(null) for g in generators(args.seed, 5, range(rows))], np.int32)
       shown = {times[round(i)] for i in np.linspace(1, len(times) - 1, 50)} if args.gif else {0}
       out = draw(x_T, times, keep=shown, labels=labels)
       x0 = out[0][0]

@@ -1813,7 +1813,12 @@ def test_the_files(command):
   gif.seek(12)
   close(np.asarray(gif.convert("L"), int), np.asarray(Image.open("pictures/a.png"), int), atol=3)
   ddpm, x_T = DDPM(**command.meta["ddpm"]), draw_x_T(5, (1, 16, 16), 0)
+  command("--n 5 --npz b.npz --guidance 0")
   direct = last(SAMPLERS["ddpm"](ddpm, guided(command.net(), at(2, 5), 1, 2), x_T, 12))
+  assert (data.to_uint8(direct).transpose(0, 2, 3, 1) == read("b.npz")).all()
+  kinds = (a > 127).reshape(5, -1)[:, 0]                     # without a class each image has one of its own
+  assert ((a > 127).reshape(5, -1) == kinds[:, None]).all()
+  direct = last(SAMPLERS["ddpm"](ddpm, guided(command.net(), Tensor(kinds.astype(np.int32)), 1, 2), x_T, 12))
   assert (data.to_uint8(direct).transpose(0, 2, 3, 1) == a).all()
 
 def test_batch_and_n_change_no_image(command):
@@ -1827,8 +1832,11 @@ def test_classes(command):
   for label in (0, 1):
     command(f"--class {label} --n 2 --npz a.npz --guidance 2")
     assert ((read("a.npz") > 127) == label).all()
-  command("--n 2 --npz a.npz")                               # without a class: both modes, by the null label
+  command("--n 2 --npz a.npz --guidance 0")                  # by the null label: both modes
   assert 0.3 < (read("a.npz") > 127).mean() < 0.7
+  command("--n 60 --npz a.npz")                              # without a class: each about as often, unmixed
+  share = (read("a.npz") > 127).mean((1, 2, 3))
+  assert (abs(share - 0.5) > 0.45).all() and 15 < share.sum() < 45
 
 def test_the_figures(command, monkeypatch):
   kept = []
@@ -1886,7 +1894,7 @@ def test_raw_weights_and_the_newest_run(command, monkeypatch, tmp_path):
   command("--n 1 --raw --steps 2")
   assert command.loaded[-1] == ("model", True)
 
-@pytest.mark.parametrize("line", ("--n 0", "--n x", "--steps 0", "--seed -1", "--batch 0", "--eta 0.5", "--guidance 2",
+@pytest.mark.parametrize("line", ("--n 0", "--n x", "--steps 0", "--seed -1", "--batch 0", "--eta 0.5", "--guidance -1",
   "--sampler ddim --eta 1.5", "--sampler nothing", "--class 0 --guidance nan", "--class 0 --classes",
   "--shared 2 --sampler ode", "--shared 2 --gif a.gif", "--classes --progressive", "--out /",
   "--npz /proc/version/a.npz", "--dataset mnist", "--unknown"))
@@ -1898,7 +1906,7 @@ def test_wrong_for_this_model(command, monkeypatch):
   for line in ("--steps 13", "--class 2"):
     with pytest.raises(ValueError, match="must be from"): command(line)
   command.net.config = {**command.net.config, "num_classes": 0}
-  for line in ("--class 0", "--classes"):
+  for line in ("--class 0", "--classes", "--guidance 2"):
     with pytest.raises(ValueError, match="without classes"): command(line)
   command("--n 1 --steps 2 --npz a.npz")
   assert read("a.npz").shape == (1, 16, 16, 1)
