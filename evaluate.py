@@ -61,9 +61,9 @@ def in_batches(step, n, size, desc=None, rounds=1):
     parts = [step(np.minimum(np.arange(k, k + size), n - 1), bar.update) for k in starts]
   return np.concatenate(parts, -1)[..., :n]
 
-def geometric(T, n):
-  """n + 1 whole numbers from 1 to T, each above the one before, in a constant ratio as far as that allows."""
-  g = [1]
+def geometric(T, n, first=1):
+  """n + 1 whole numbers from `first` to T, each above the one before, in a constant ratio as far as that allows."""
+  g = [first]
   for left in range(n, 0, -1): g.append(max(g[-1] + 1, round(g[-1] * (T / g[-1]) ** (1 / left))))
   return np.array(g)
 
@@ -224,23 +224,28 @@ def captioned(images, captions):
 
 # *** not in the paper: the likelihood of the probability-flow ODE ***
 
-def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None):
+def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None, start=0.0):
   """log p(x) of points x (n, C, H, W) in [-1, 1], by the instantaneous change of variables along the probability-flow
   ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13 and 39): a Tensor (n,), nats. Twice `steps` calls of the model.
 
   On the circle √ᾱ = cos φ, √(1−ᾱ) = sin φ, the ODE is dx/dφ = −tan φ (score + x), without a singularity: Heun's method
-  from φ = 0 to time T, where x is N(0, I), on whole times that widen in a constant ratio. (At t = 0 the slope is 0 for
-  any bounded score, so the model is never asked below t = 1.) The trace of the score's Jacobian: by Hutchinson's
-  estimator with `probes` fixed signs for each image; exactly with probes=0, which costs D of them. ValueError unless
-  1 <= steps <= T."""
+  from sin φ = start to time T, where x is N(0, I), on whole times that widen in a constant ratio. No model knows times
+  below t = 1. From start = 0 one step leads there (at φ = 0 the slope is 0 for any bounded score). A higher start says
+  that x bears noise of that deviation; below t = 1 the score is then that of t = 1 with the same x̂_0, which is
+  (1−ᾱ_1)/sin² φ times as large. The trace of the score's Jacobian: by Hutchinson's estimator with `probes` fixed signs
+  for each image; exactly with probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
   x = (x.numpy() if isinstance(x, Tensor) else np.asarray(x)).astype(np.float64)
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
   if not 1 <= steps <= ddpm.T: raise ValueError(f"steps must be a whole number from 1 to T = {ddpm.T}, not {steps}")
   shape, D = x.shape[1:], x[0].size
   if not (0 < probes or 0 == probes and D <= 64): raise ValueError("probes must be 1 or more, or 0 if D is at most 64")
-  grid = [0, *geometric(ddpm.T, steps - 1)] if steps > 1 else [0, ddpm.T]
-  tan = np.sqrt(1 / ddpm.alpha_bar - 1)
-  phi = np.arctan(tan)
+  # the grid: angles, and the times at which the model is asked there
+  at = np.arctan(np.sqrt(1 / ddpm.alpha_bar - 1))
+  first = max(1, int(np.searchsorted(at, math.asin(start))))
+  below = max(1, steps // 6) if start else 1  # steps before the first whole time
+  whole = geometric(ddpm.T, min(steps - below, ddpm.T - first), first) if steps > below else [ddpm.T]
+  angles = np.arcsin(np.geomspace(start, math.sin(at[first]), below + 1)[:-1]) if start else [0.0]
+  grid = list(zip(np.append(angles, at[whole]), [first] * below + list(whole)))
 
   def step(x, t, vs, *y):
     score = ddpm.score(lambda x, t: model(x, t, *y), x, t)
@@ -253,19 +258,20 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
   unit = math.sqrt(D) * np.eye(D).reshape(D, *shape)
   def flow(i, tick):
     vs = np.stack([signs(j) if probes else unit for j in i], 1).astype(np.float32)
-    def slope(x, t):
-      if t == 0: return 0 * x, np.zeros(len(x))
+    def slope(x, phi, t):
+      if phi == 0: return 0 * x, np.zeros(len(x))
       score, trace = step(x.astype(np.float32), np.full(len(x), t, np.int32), vs, *given(labels, i))
       tick(1)
-      return -tan[t] * (score + x), -tan[t] * (trace.astype(np.float64) + D)
+      sharper = (math.sin(at[t]) / math.sin(phi)) ** 2  # 1 at the times that the model knows
+      return -math.tan(phi) * (sharper * score + x), -math.tan(phi) * (sharper * trace.astype(np.float64) + D)
     z, change = x[i], 0.0
-    for s, t in zip(grid, grid[1:]):
-      h, (v0, div0) = phi[t] - phi[s], slope(z, s)
-      v1, div1 = slope(z + h * v0, t)
+    for here, there in zip(grid, grid[1:]):
+      h, (v0, div0) = there[0] - here[0], slope(z, *here)
+      v1, div1 = slope(z + h * v0, *there)
       z, change = z + h / 2 * (v0 + v1), change + h / 2 * (div0 + div1)
     # log p(x₀) = log N(x_T; 0, I) + ∫ div dφ
     return change - ((z**2).reshape(len(z), -1).sum(1) + D * math.log(2 * math.pi)) / 2
-  log_p = in_batches(flow, len(x), batch, desc, 2 * steps - 1)
+  log_p = in_batches(flow, len(x), batch, desc, 2 * (len(grid) - 1) - (not start))
   if not np.isfinite(log_p).all(): raise ValueError("the log-density is not finite: the ODE has diverged")
   return Tensor(log_p.astype(np.float32))
 
@@ -273,11 +279,12 @@ def ode_bpd(ddpm, model, x0, steps, seed=0, **options):
   """bits/dim of uint8 images by the probability-flow ODE with uniform dequantization: a Tensor (n,).
 
   x0 uint8, or float on the 256 levels. A level is spread evenly over its bin, 2/255 wide: as log ∫ p >= ∫ log p, the
-  mean over draws is an upper bound on the discrete model's bits/dim. options: of ode_log_density."""
+  mean over draws is an upper bound on the discrete model's bits/dim. The flow starts at the noise level of this
+  spreading, whose deviation is the width over √12. options: of ode_log_density."""
   k = levels(x0)
   u = np.stack([rng(seed, i, use=1).random(k.shape[1:]) for i in range(len(k))])
   x = (k + u - 0.5) / 127.5 - 1
-  return math.log2(127.5) - ode_log_density(ddpm, model, x, steps, seed, **options) / (k[0].size * math.log(2))
+  return math.log2(127.5) - ode_log_density(ddpm, model, x, steps, seed, start=2/255/math.sqrt(12), **options) / (k[0].size * math.log(2))
 
 # *** not in the paper: the quality of samples without another network ***
 

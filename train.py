@@ -30,6 +30,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--dataset", default="glyphs", help="glyphs, mnist, fashion_mnist, cifar10 or a folder of images")
   p.add_argument("--data-dir", help="where the dataset's files are; else $DATA_DIR, else downloaded", default=None)
   p.add_argument("--out", help="the run's folder", default="runs/<dataset>")
+  p.add_argument("--init", help="a checkpoint whose weights to begin with, of the same network", default=None)
   p.add_argument("--restart", action="store_true", help="begin anew where --out holds a run already", default=False)
   p.add_argument("--steps", type=int, help="optimizer steps in all")
   p.add_argument("--batch", type=int, help="images per step")
@@ -121,6 +122,15 @@ class State:
     ends = itertools.accumulate(map(math.prod, self.shapes.values()))
     return {k: flat[end-math.prod(s):end].reshape(s) for (k, s), end in zip(self.shapes.items(), ends)}
 
+  def begin(self, path):
+    """Takes the weights of a checkpoint, and for their average as well. ValueError if it is another network's."""
+    given = {k: v.numpy() for k, v in nn.state.get_state_dict(unet.load(path)[0]).items()}
+    if {k: v.shape for k, v in given.items()} != self.shapes:
+      raise ValueError(f"--init {path} is another network than this one")
+    zeros = np.zeros(self.size, np.float32)
+    self.restore({f"{key}.{k}": v for key in ("raw", "ema") for k, v in given.items()}
+                 | {"adam.m": zeros, "adam.v": zeros}, path)
+
   def views(self, key:str) -> list[Tensor]: return list(self.cut(self.flat[key]).values())
 
   def fetch(self, t:Tensor) -> np.ndarray: return (t if len(self.devices) == 1 else t.to(self.devices[0])).numpy()
@@ -209,7 +219,7 @@ def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
           "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "sigma", "flip",
-          "class_conditional", "drop_labels")
+          "class_conditional", "drop_labels", "init")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 
@@ -265,6 +275,7 @@ def main(argv:list[str]|None=None):
                          "use the same, another --out, or --restart to begin anew")
     state.restore(tensors, last)
     print(f"going on from step {begun} of {out}", file=sys.stderr)
+  elif a.init: state.begin(a.init)
   try: out.mkdir(parents=True, exist_ok=True)
   except OSError as e: raise OSError(f"cannot write to --out {out}: {e.strerror or e}") from e
   log = read_log(out/"log.jsonl", begun)
