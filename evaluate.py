@@ -284,7 +284,8 @@ def ode_bpd(ddpm, model, x0, steps, seed=0, **options):
   k = levels(x0)
   u = np.stack([rng(seed, i, use=1).random(k.shape[1:]) for i in range(len(k))])
   x = (k + u - 0.5) / 127.5 - 1
-  return math.log2(127.5) - ode_log_density(ddpm, model, x, steps, seed, start=2/255/math.sqrt(12), **options) / (k[0].size * math.log(2))
+  log_p = ode_log_density(ddpm, model, x, steps, seed, start=2 / 255 / math.sqrt(12), **options)
+  return math.log2(127.5) - log_p / (k[0].size * math.log(2))
 
 # *** not in the paper: the quality of samples without another network ***
 
