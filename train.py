@@ -50,7 +50,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--loss", choices=("simple", "vlb"), help="L_simple or the variational bound (Table 2)",
                  default="simple")
   p.add_argument("--times", choices=("uniform", "weighted"), default="uniform",
-                 help="how t is drawn: evenly, or as its weight in L_vlb (not in the paper; always so for vlb)")
+                 help="how t is drawn: evenly, or as its weight in L_vlb (not in the paper): L_vlb is then less noisy, "
+                      "and L_simple weights the times as L_vlb does")
   p.add_argument("--dequantize", action="store_true", default=False,
                  help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode; not in the paper)")
   p.add_argument("--sigma", choices=("beta", "beta_tilde"), help="variance of the reverse steps (Section 3.2)",
@@ -168,7 +169,8 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
     x0 = x.cast(dtypes.float32) / 127.5 - 1
     model = lambda x_t, t: state.model(x_t, t, y if a.class_conditional else None, seed if a.dropout else None)
     if a.loss == "simple": loss = ddpm.loss_terms(model, x0, t, eps)
-    else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False) / chance[t].shard_like(t)  # the mean is Σₜ Lₜ₋₁
+    else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False)  # an estimate of Σₜ Lₜ₋₁ / T, in either case:
+    if a.loss == "vlb" and a.times == "weighted": loss = loss / (a.T * chance.to(t.device)[t])
     grad = state.flat["grad"]
     for view, g in zip(state.views("grad"), loss.mean().gradient(*nn.state.get_parameters(state.model))):
       view.assign(view * keep + g.reshape(view.shape) / a.accum if a.accum > 1 else g.reshape(view.shape))
@@ -189,7 +191,7 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
 
 @functools.cache
 def chances(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
-  """How often to draw t for L_vlb: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1.
+  """How often --times weighted draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1.
 
   Not in the paper. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Row 0 is not drawn."""
   d = DDPM(T, beta_1, beta_T, schedule)
@@ -201,7 +203,7 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
   x, y = data.batch_at(images, labels, n-1, a.batch, a.seed, a.flip)
   rng = np.random.default_rng([a.seed, 1, n])
   t, eps = rng.integers(1, a.T+1, a.batch, np.int32), rng.standard_normal(x.shape, np.float32)
-  if a.loss == "vlb" or a.times == "weighted":
+  if a.times == "weighted":
     t = rng.choice(a.T+1, a.batch, p=chances(a.T, a.beta_1, a.beta_T, a.schedule)).astype(np.int32)
   if a.dequantize: x = x + (rng.random(x.shape, np.float32) - 0.5)
   # classifier-free guidance needs a network that knows "no class" as well
