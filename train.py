@@ -271,9 +271,10 @@ def main(argv:list[str]|None=None):
       begun, smooth, before = int(meta["step"]), float(meta["smooth"]), dict(meta["train"])
     except (KeyError, ValueError, TypeError, RecursionError):
       raise ValueError(f"{last} is not the state of a run: use --restart to begin anew") from None
+    default = vars(arguments(["--dataset", a.dataset]))  # of a flag that is younger than the run
     for k, v in fixed.items():
-      if before.get(k) != v:
-        raise ValueError(f"{out} was trained with {k} = {before.get(k)}, not {v}: "
+      if (was := before.get(k, default.get(k))) != v:
+        raise ValueError(f"{out} was trained with {k} = {was}, not {v}: "
                          "use the same, another --out, or --restart to begin anew")
     state.restore(tensors, last)
     print(f"going on from step {begun} of {out}", file=sys.stderr)
