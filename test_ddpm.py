@@ -2173,6 +2173,18 @@ def test_ode_density_of_a_gaussian():
   exact = ode_log_density(d, gaussian_model(d, 0.1, 0.25), x[:1], 100, probes=0).numpy()
   close(exact, got.numpy()[:1], atol=1e-4)  # the Jacobian is diagonal, so one probe is exact
 
+@pytest.mark.parametrize("s,start,steps", [
+  (0.25, 0.1, 100), (0.25, 0.003, 100), (1e-6, 2/255/12**0.5, 300), (1e-6, 0.05, 300)])
+def test_ode_density_of_points_that_bear_noise(s, start, steps):
+  """q(x) at the noise level is N(m √(1−start²), s² (1−start²) + start²), below t = 1 (where √(1−ᾱ) = 0.01) as well.
+
+  Nearly all data at one point (s = 1e-6) get ever sharper there: a single step from 0 to t = 1 would be far off."""
+  d, m = DDPM(), 0.1
+  mean, sd = m * math.sqrt(1 - start**2), math.sqrt(s * s * (1 - start**2) + start**2)
+  x = rng(6).normal(mean, sd, (6, 1, 1, 1))
+  got = ode_log_density(d, gaussian_model(d, m, s), x, steps, start=start).numpy()
+  assert np.abs(got - log_normal(x, mean, sd).ravel()).max() < 0.025
+
 def mixture_model(d, a, s):
   """The exact eps for pixels (N(-a, s²) + N(a, s²)) / 2."""
   ab = d.alpha_bar
@@ -2219,8 +2231,9 @@ def test_ode_steps():
 def test_dequantization(monkeypatch):
   """A density that is uniform over the 256 bins needs 8 bits; every point stays in its bin and fills it."""
   seen = []
-  def uniform(d, model, x, steps, seed):
+  def uniform(d, model, x, steps, seed, start):
     seen.append(np.asarray(x))
+    assert start == pytest.approx((x - scaled(k)).std(), rel=0.05)
     return Tensor(np.full(len(x), 16 * math.log(255 / 512), np.float32))  # the bins reach from -256/255 to 256/255
   monkeypatch.setattr(evaluate, "ode_log_density", uniform)
   k = some_images(300)
