@@ -16,7 +16,7 @@ T, the last arrives at 0. They differ in the step alone; `walk` is the loop of a
   clip    whether x̂_0 is brought into [-1, 1], where the data are, before it is used (the authors' code, not the paper)
   jits    a dict that keeps the compiled step for the next call with the same ddpm, model and options
 """
-import argparse, math, os, sys
+import argparse, functools, math, os, sys
 from pathlib import Path
 import numpy as np
 import unet  # first, because it tells tinygrad how to compile
@@ -355,14 +355,14 @@ def main(argv=None):
     x0, ncols = interpolate(draw, ddpm, images[chosen], args.interpolate, times, args.seed)
   else:
     x_T = draw_x_T(rows * null if args.classes else rows, shape, args.seed).numpy()
-    if args.progressive: x0, ncols = progressive(draw, x_T, times)
+    labels, ncols = None, None
+    if args.classes: labels, ncols = np.repeat(np.arange(null, dtype=np.int32), rows), rows
+    # without a class any of them, x ~ Σ_y p(x | y) / K: better than the null class, which --guidance 0 gives
+    elif null and args.label is None:
+      labels = np.array([g.integers(null) for g in generators(args.seed, 5, range(rows))], np.int32)
+    if args.progressive: x0, ncols = progressive(functools.partial(draw, labels=labels), x_T, times)
     elif args.shared: x0, ncols = shared(draw, x_T, times, args.shared)
     else:
-      labels, ncols = None, None
-      if args.classes: labels, ncols = np.repeat(np.arange(null, dtype=np.int32), rows), rows
-      # without a class any of them, x ~ Σ_y p(x | y) / K: better than the null class, which --guidance 0 gives
-      elif null and args.label is None:
-        labels = np.array([g.integers(null) for g in generators(args.seed, 5, range(rows))], np.int32)
       shown = {times[round(i)] for i in np.linspace(1, len(times) - 1, 50)} if args.gif else {0}
       out = draw(x_T, times, keep=shown, labels=labels)
       x0 = out[0][0]
