@@ -1845,7 +1845,7 @@ def test_the_figures(command, monkeypatch):
   grid = data.grid
   monkeypatch.setattr(sample.data, "grid",
                       lambda images, ncols=None: grids.append((images, ncols)) or grid(images, ncols))
-  command("--progressive --n 2")
+  command("--progressive --n 2 --guidance 0")
   images, ncols = grids[-1]
   assert images.shape == (20, 1, 16, 16) and ncols == 10
   edge = np.abs(images.astype(float) - 127.5).mean((1, 2, 3)).reshape(2, 10)

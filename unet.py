@@ -479,8 +479,9 @@ def share(linear:UOp) -> UOp:
 class Kept(dict):
   """A dict of tinygrad's that lives as long as the process, kept in tinygrad's cache on the disk as well.
 
-  Of a first step's time nearly all goes into scheduling and lowering in Python, and the disk cache spares the C
-  compiler alone. The keys are digests of what is scheduled or lowered; tinygrad's version and settings go into them."""
+  Of a first step's time nearly all goes into scheduling and lowering in Python, and that cache spares the C compiler
+  alone. The keys are digests of what is scheduled or lowered, and of tinygrad's version and settings. (The cache holds
+  machine code and pickles anyway: who can write to it needs no more.)"""
   def __init__(self, table:str, shrink=lambda v: v, restore=lambda k, v: v):
     settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items())
     self.table, self.shrink, self.restore = table, shrink, restore
@@ -517,16 +518,15 @@ def with_code(key:tuple, program:UOp) -> UOp:
 
 # tinygrad's own holds an address, and so would make a new key each time
 CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"
-tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")
-tinygrad.codegen.to_program_cache = tinygrad.engine.realize.to_program_cache = \
-  Kept("ddpm_programs", without_code, with_code)
-
 try:
   vector_lanes(device())  # before the first kernel is compiled, so that all processes that compile agree
   if device() == "CPU" and os.name == "posix" and cores() > 1 and isinstance(Device["CPU"].renderer, ClangRenderer):
     Device["CPU"].graph, create_schedule = Team, tinygrad.schedule.create_schedule
     tinygrad.schedule.create_schedule = lambda sink: share(create_schedule(sink))
 except RuntimeError: pass  # a program calls device() itself and says so
+tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")
+tinygrad.codegen.to_program_cache = tinygrad.engine.realize.to_program_cache = \
+  Kept("ddpm_programs", without_code, with_code)
 
 # ***** 5. checkpoints: one safetensors file that carries the network's arguments *****
 
