@@ -907,10 +907,21 @@ def test_memory_does_not_grow():
 
 @pytest.mark.parametrize("predict,loss,sigma", [("mu", "vlb", "beta"), ("x0", "simple", "beta_tilde")])
 def test_other_rows_of_table_2_and_labels(tmp_path, predict, loss, sigma):
-  run(tmp_path, "--steps", 1, "--predict", predict, "--loss", loss, "--sigma", sigma, "--class-conditional")
+  run(tmp_path, "--steps", 1, "--predict", predict, "--loss", loss, "--sigma", sigma, "--class-conditional",
+      "--beta-1", 1e-3, "--beta-T", 0.3)
   model, meta = unet.load(tmp_path/"ema.safetensors")
-  assert (meta["ddpm"] == {"T": 50, "schedule": "linear", "sigma": sigma, "predict": predict}
-          and model.config["num_classes"] == 10)
+  assert (meta["ddpm"] == {"T": 50, "beta_1": 1e-3, "beta_T": 0.3, "schedule": "linear", "sigma": sigma,
+                           "predict": predict} and model.config["num_classes"] == 10)
+
+def test_a_run_can_begin_with_the_weights_of_another(tmp_path):
+  run(tmp_path/"a", "--steps", 3)
+  before = unet.read_tensors(tmp_path/"a"/"ema.safetensors")[0]
+  run(tmp_path/"b", "--steps", 1, "--lr", 1e-9, "--init", tmp_path/"a")
+  raw = unet.read_tensors(tmp_path/"b"/"last.safetensors")[0]
+  for k, v in before.items():
+    for key in ("raw", "ema"): close(raw[f"{key}.{k}"], v, atol=1e-6)
+  with pytest.raises(ValueError, match="--init.*another network"):
+    run(tmp_path/"c", "--steps", 1, "--channels", 16, "--init", tmp_path/"a")
 
 # ***** data.py *****
 

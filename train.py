@@ -278,7 +278,7 @@ def main(argv:list[str]|None=None):
                          "use the same, another --out, or --restart to begin anew")
     state.restore(tensors, last)
     print(f"going on from step {begun} of {out}", file=sys.stderr)
-  elif a.init: state.begin(a.init)
+  elif a.init: state.begin(unet.find_checkpoint(a.init))
   try: out.mkdir(parents=True, exist_ok=True)
   except OSError as e: raise OSError(f"cannot write to --out {out}: {e.strerror or e}") from e
   log = read_log(out/"log.jsonl", begun)
