@@ -32,7 +32,7 @@ DRAW = $(PY) sample.py --checkpoint $(CHECKPOINT)
 gallery: setup
 	@mkdir -p assets
 	@$(DRAW) --steps $(STEPS) --n 64 --out assets/samples.png
-	@$(DRAW) --steps $(STEPS) --n 8 --out assets/reverse.png --gif assets/reverse.gif
+	@$(DRAW) --steps $(STEPS) --n 9 --out assets/reverse.png --gif assets/reverse.gif
 	@$(DRAW) --steps $(STEPS) --progressive --n 6 --out assets/progressive.png
 	@$(DRAW) --steps $(STEPS) --interpolate 500 --n 4 --out assets/interpolation.png
 	@$(DRAW) --sampler ddim --steps $$(($(STEPS)/10)) --classes --guidance 2 --out assets/classes.png
