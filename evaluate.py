@@ -358,7 +358,8 @@ def main(argv=None):
     real = data.load(a.dataset or "mnist", "train", a.data_dir)[0]
     real = real[choose(len(real), min(len(samples), len(real)), a.seed)]
     print(f"{a.samples}: sliced Wasserstein distance {sliced_wasserstein(samples, images, seed=a.seed):.3f} of 255 to "
-          f"{len(images)} {a.split} images; as many training images: {sliced_wasserstein(real, images, seed=a.seed):.3f}")
+          f"{len(images)} {a.split} images; as many training images: "
+          f"{sliced_wasserstein(real, images, seed=a.seed):.3f}")
     return
   unet.device()
   for path in filter(None, (a.json, a.rate_distortion, a.outliers and a.out)):  # before the work, not after it

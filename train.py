@@ -191,7 +191,7 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
 
 @functools.cache
 def chances(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
-  """How often --times weighted draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), scaled to sum to 1.
+  """How often --times weighted draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), summing to 1.
 
   Not in the paper. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Row 0 is not drawn."""
   d = DDPM(T, beta_1, beta_T, schedule)
