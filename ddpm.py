@@ -171,14 +171,15 @@ class DDPM:
     return self.loss_terms(model, x0, t, eps).mean()
 
   def loss_terms(self, model, x0, t, eps):
-    """Eq. 14 before its expectation: the mean squared error of each example (B,).
-
-    What the model is compared with: ε (the paper), x_0 (predict="x0") or μ̃ (predict="mu", Eq. 8 without its weight).
-    """
+    """Eq. 14 before its expectation: the mean squared error of each example (B,)."""
     t, x_t = self._time(x0, t), self.q_sample(x0, t, eps)
-    target = eps if self.predict == "eps" else x0 if self.predict == "x0" else self.q_posterior(x0, x_t, t)[0]
+    target = self.target(x0, x_t, t, eps)
     same_shape(x0=x0, out=(out := model(x_t, t)))
     return (target - out).square().mean(tuple(range(1, x0.ndim)))  # ‖ε − ε_θ(√ᾱₜ x₀ + √(1−ᾱₜ) ε, t)‖²
+
+  def target(self, x0, x_t, t, eps):
+    """What the model's answer is compared with: ε (the paper), x_0 (predict="x0") or μ̃ (predict="mu", Eq. 8)."""
+    return eps if self.predict == "eps" else x0 if self.predict == "x0" else self.q_posterior(x0, x_t, t)[0]
 
   def vlb_term(self, model, x0, t, eps, clip=True):
     """The bound's term of time t, Eq. 5: L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ), or L_0 (Eq. 13) at t = 1.

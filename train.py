@@ -54,6 +54,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
                       "and L_simple weights the times as L_vlb does")
   p.add_argument("--dequantize", action="store_true", default=False,
                  help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode; not in the paper)")
+  p.add_argument("--clip-x0", action="store_true", default=False,
+                 help="count no error where clipping x̂_0 to [-1, 1] mends it, for densities (not in the paper)")
   p.add_argument("--sigma", choices=("beta", "beta_tilde"), help="variance of the reverse steps (Section 3.2)",
                  default="beta")
   p.add_argument("--channels", type=int, help="of the first level")
@@ -167,7 +169,13 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
     keep, last, lr, c1, c2, decay = [h[i] for i in range(6)]
     x0 = x.cast(dtypes.float32) / 127.5 - 1
-    model = lambda x_t, t: state.model(x_t, t, y if a.class_conditional else None, seed if a.dropout else None)
+    def model(x_t, t):
+      out = state.model(x_t, t, y if a.class_conditional else None, seed if a.dropout else None)
+      if not a.clip_x0: return out
+      # Clipping brings an x̂_0 beyond ±1 to an x_0 at ±1: no error is left. Any other is seen unclipped, as the gradient
+      # of a clipped one is 0.
+      exact = ddpm.predict_x0(x_t, t, out).clip(-1, 1) == x0
+      return exact.where(ddpm.target(x0, x_t, t, eps), out)
     if a.loss == "simple": loss = ddpm.loss_terms(model, x0, t, eps)
     else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False)  # an estimate of Σₜ Lₜ₋₁ / T, in either case:
     if a.loss == "vlb" and a.times == "weighted": loss = loss / (a.T * chance.to(t.device)[t])
@@ -204,7 +212,9 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
   rng = np.random.default_rng([a.seed, 1, n])
   t, eps = rng.integers(1, a.T+1, a.batch, np.int32), rng.standard_normal(x.shape, np.float32)
   if a.times == "weighted":
-    t = rng.choice(a.T+1, a.batch, p=chances(a.T, a.beta_1, a.beta_T, a.schedule)).astype(np.int32)
+    at = (rng.random() + np.arange(a.batch)) / a.batch  # one from each of equal strata
+    p = chances(a.T, a.beta_1, a.beta_T, a.schedule)
+    t = rng.permutation(np.searchsorted(p.cumsum(), at, "right").clip(1, a.T)).astype(np.int32)
   if a.dequantize: x = x + (rng.random(x.shape, np.float32) - 0.5)
   # classifier-free guidance needs a network that knows "no class" as well
   y = np.where(rng.random(a.batch) < a.drop_labels, null, y).astype(np.int32)
@@ -220,7 +230,7 @@ def hyper(a:argparse.Namespace, n:int) -> list[float]:
 def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
-          "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "sigma", "flip",
+          "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "clip_x0", "sigma", "flip",
           "class_conditional", "drop_labels", "init")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
