@@ -224,68 +224,88 @@ def captioned(images, captions):
 
 # *** not in the paper: the likelihood of the probability-flow ODE ***
 
-def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None, start=0.0):
+def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None, start=0.0, clip=False):
   """log p(x) of points x (n, C, H, W) in [-1, 1], by the instantaneous change of variables along the probability-flow
   ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13 and 39): a Tensor (n,), nats. Twice `steps` calls of the model.
 
-  On the circle √ᾱ = cos φ, √(1−ᾱ) = sin φ, the ODE is dx/dφ = −tan φ (score + x), without a singularity: Heun's method
-  from sin φ = start to time T, where x is N(0, I), on whole times that widen in a constant ratio. No model knows times
-  below t = 1. From start = 0 one step leads there (at φ = 0 the slope is 0 for any bounded score). A higher start says
-  that x bears noise of that deviation; below t = 1 the score is then that of t = 1 with the same x̂_0, which is
-  (1−ᾱ_1)/sin² φ times as large. The trace of the score's Jacobian: by Hutchinson's estimator with `probes` fixed signs
-  for each image; exactly with probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
+  In y = x/√ᾱ and s = √(1−ᾱ)/√ᾱ, the noise's deviation in y, the ODE is dy/ds = ε_θ = (y − x̂_0)/s and log p falls by
+  tr ∂ε_θ/∂y ds = (D − tr ∂x̂_0/∂y) d log s: Heun's method for y, the trapezoidal rule in log s for log p, both exact where
+  x̂_0 stands still. The grid are whole times that widen in a constant ratio, to time T, where x is N(0, I). No model
+  knows times below t = 1. From start = 0 one step leads there (the slope is 0 at s = 0 for any bounded score). A higher
+  start says that x bears noise of that deviation; up to the next whole time the model is asked for x̂_0 at that time.
+  clip: x̂_0 to [-1, 1]. The trace: by Hutchinson's estimator with `probes` fixed signs for each image; exactly with
+  probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
   x = (x.numpy() if isinstance(x, Tensor) else np.asarray(x)).astype(np.float64)
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
   if not 1 <= steps <= ddpm.T: raise ValueError(f"steps must be a whole number from 1 to T = {ddpm.T}, not {steps}")
   shape, D = x.shape[1:], x[0].size
   if not (0 < probes or 0 == probes and D <= 64): raise ValueError("probes must be 1 or more, or 0 if D is at most 64")
-  # the grid: angles, and the times at which the model is asked there
-  at = np.arctan(np.sqrt(1 / ddpm.alpha_bar - 1))
-  first = max(1, int(np.searchsorted(at, math.asin(start))))
-  below = max(1, steps // 6) if start else 1  # steps before the first whole time
+  # the grid: noise levels, and the times at which the model is asked there
+  at, s_0 = np.sqrt(1 / ddpm.alpha_bar - 1), start / math.sqrt(1 - start**2)
+  first = max(1, int(np.searchsorted(at, s_0)))
+  below = max(1, round(steps * math.log(at[first] / s_0) / math.log(at[-1] / s_0))) if start else 1  # to time `first`
   whole = geometric(ddpm.T, min(steps - below, ddpm.T - first), first) if steps > below else [ddpm.T]
-  angles = np.arcsin(np.geomspace(start, math.sin(at[first]), below + 1)[:-1]) if start else [0.0]
-  grid = list(zip(np.append(angles, at[whole]), [first] * below + list(whole)))
+  grid = list(zip([*(np.geomspace(s_0, at[first], below + 1)[:-1] if start else [0.0]), *at[whole]],
+                  [first] * below + list(whole)))
 
   def step(x, t, vs, *y):
-    score = ddpm.score(lambda x, t: model(x, t, *y), x, t)
-    # E vᵀJv = tr J, and vᵀJ is the gradient of v·score
-    traces = [(v * (v * score).sum().gradient(x)[0]).flatten(1).sum(1) for v in (vs[k] for k in range(vs.shape[0]))]
-    return score.realize(), (functools.reduce(Tensor.add, traces) / len(traces)).realize()
+    x0_hat = ddpm.predict_x0(x, t, model(x, t, *y))
+    if clip: x0_hat = x0_hat.clip(-1, 1)
+    # E vᵀJv = tr J, and vᵀJ is the gradient of v·x̂₀
+    traces = [(v * (v * x0_hat).sum().gradient(x)[0]).flatten(1).sum(1) for v in (vs[k] for k in range(vs.shape[0]))]
+    return x0_hat.realize(), (functools.reduce(Tensor.add, traces) / len(traces)).realize()
   step = jitted(step)
 
   def signs(i): return rng(seed, i, use=2).integers(0, 2, (probes, *shape)) * 2 - 1
   unit = math.sqrt(D) * np.eye(D).reshape(D, *shape)
   def flow(i, tick):
     vs = np.stack([signs(j) if probes else unit for j in i], 1).astype(np.float32)
-    def slope(x, phi, t):
-      if phi == 0: return 0 * x, np.zeros(len(x))
-      score, trace = step(x.astype(np.float32), np.full(len(x), t, np.int32), vs, *given(labels, i))
+    def slopes(y, s, t):  # dy/ds, −d log p/d log s
+      if s == 0: return 0 * y, 0.0
+      root = math.sqrt(1 + s * s)  # 1/√ᾱ
+      x0_hat, trace = step((y / root).astype(np.float32), np.full(len(y), t, np.int32), vs, *given(labels, i))
       tick(1)
-      sharper = (math.sin(at[t]) / math.sin(phi)) ** 2  # 1 at the times that the model knows
-      return -math.tan(phi) * (sharper * score + x), -math.tan(phi) * (sharper * trace.astype(np.float64) + D)
-    z, change = x[i], 0.0
-    for here, there in zip(grid, grid[1:]):
-      h, (v0, div0) = there[0] - here[0], slope(z, *here)
-      v1, div1 = slope(z + h * v0, *there)
-      z, change = z + h / 2 * (v0 + v1), change + h / 2 * (div0 + div1)
-    # log p(x₀) = log N(x_T; 0, I) + ∫ div dφ
-    return change - ((z**2).reshape(len(z), -1).sum(1) + D * math.log(2 * math.pi)) / 2
+      return (y - x0_hat) / s, D - trace.astype(np.float64) / root
+    y, log_p = x[i] * math.sqrt(1 + s_0**2), 0.0
+    for (s, t), (s_next, t_next) in zip(grid, grid[1:]):
+      eps, fall = slopes(y, s, t)
+      eps_next, fall_next = slopes(y + (s_next - s) * eps, s_next, t_next)
+      y = y + (s_next - s) / 2 * (eps + eps_next)
+      log_p = log_p + (fall + fall_next) / 2 * (math.log(s_next / s) if s else 1)  # from 0: ∫ tr ∂ε_θ/∂y ds, s·½ slope
+    # log p(x) = log N(x_T; 0, I) + ∫, and the volumes of x in y
+    x_T, volume = y / math.sqrt(1 + at[-1]**2), D / 2 * math.log((1 + s_0**2) / (1 + at[-1]**2))
+    return log_p + volume - ((x_T**2).reshape(len(x_T), -1).sum(1) + D * math.log(2 * math.pi)) / 2
   log_p = in_batches(flow, len(x), batch, desc, 2 * (len(grid) - 1) - (not start))
   if not np.isfinite(log_p).all(): raise ValueError("the log-density is not finite: the ODE has diverged")
   return Tensor(log_p.astype(np.float32))
 
-def ode_bpd(ddpm, model, x0, steps, seed=0, **options):
-  """bits/dim of uint8 images by the probability-flow ODE with uniform dequantization: a Tensor (n,).
+def dequantized(k, seed=0, spread="uniform"):
+  """Points x (n, C, H, W) in the bins of the levels k, the deviation of what was added, and log q(x | k) (n,) of it, nats.
 
-  x0 uint8, or float on the 256 levels. A level is spread evenly over its bin, 2/255 wide: as log ∫ p >= ∫ log p, the
-  mean over draws is an upper bound on the discrete model's bits/dim. The flow starts at the noise level of this
-  spreading, whose deviation is the width over √12. options: of ode_log_density."""
-  k = levels(x0)
-  u = np.stack([rng(seed, i, use=1).random(k.shape[1:]) for i in range(len(k))])
-  x = (k + u - 0.5) / 127.5 - 1
-  log_p = ode_log_density(ddpm, model, x, steps, seed, start=2 / 255 / math.sqrt(12), **options)
-  return math.log2(127.5) - log_p / (k[0].size * math.log(2))
+  The bin of a level is 2/255 wide. "uniform": evenly over it. "normal": N(0, (1/510)²) kept within it, where the bins of
+  0 and 255 are open to the outside, as in Eq. 13 (not in the paper; Zheng et al. 2023, arXiv:2305.03935)."""
+  if spread == "uniform":
+    u = np.stack([rng(seed, i, use=1).random(k.shape[1:]) for i in range(len(k))]) * 2 - 1
+    return scaled(k) + u / 255, 1 / 255 / math.sqrt(3), np.full(len(k), -k[0].size * math.log(2 / 255))
+  sd, u = 1 / 510, np.zeros(k.shape)
+  for i, draw in ((i, rng(seed, i, use=1)) for i in range(len(k))):
+    wrong = np.ones(k.shape[1:], bool)
+    while wrong.any():
+      u[i][wrong] = draw.standard_normal(wrong.sum())
+      wrong = (u[i] > 2) & (k[i] < 255) | (u[i] < -2) & (k[i] > 0)
+  inside = np.where((k == 0) | (k == 255), (1 + math.erf(2**0.5)) / 2, math.erf(2**0.5))  # the normal's mass in the bin
+  log_q = -u**2 / 2 - math.log(math.sqrt(2 * math.pi) * sd) - np.log(inside)
+  return scaled(k) + sd * u, sd, log_q.reshape(len(k), -1).sum(1)
+
+def ode_bpd(ddpm, model, x0, steps, seed=0, spread="uniform", **options):
+  """bits/dim of uint8 images by the probability-flow ODE with dequantization: a Tensor (n,).
+
+  x0 uint8, or float on the 256 levels. A level's probability is that of its bin: as log ∫ p >= ∫ q log p/q, the mean over
+  draws of log q(x) − log p(x) is an upper bound on the discrete model's bits/dim, whatever q: see `dequantized`. The flow
+  starts at the noise level of this spreading. options: of ode_log_density."""
+  x, start, log_q = dequantized(k := levels(x0), seed, spread)
+  log_p = ode_log_density(ddpm, model, x, steps, seed, start=start, **options)
+  return (Tensor(log_q.astype(np.float32)) - log_p) / (k[0].size * math.log(2))
 
 # *** not in the paper: the quality of samples without another network ***
 
@@ -343,6 +363,8 @@ def arguments(argv):
   add("--against", nargs="+", default=[], metavar="SET", help="inverted, shifted, a dataset: more bits/dim there?")
   add("--samples", metavar="FILE.npz", help="only compare these samples with the images, without a model")
   add("--ode", type=whole(1, some), metavar="STEPS", help="bits/dim by the probability-flow ODE as well")
+  add("--ode-spread", choices=("uniform", "normal"), default="uniform", help="how --ode dequantizes (default: uniform)")
+  add("--ode-clip", action="store_true", help="--ode clips x̂_0 to [-1, 1], too")
   add("--naive", type=whole(2, some), metavar="N", help="Eq. 3 against Eq. 5 on N trajectories of the first image")
   a = p.parse_args(argv)
   for flag, name, end in (("--rate-distortion", a.rate_distortion, ".csv"), ("--out", a.out, ".png")):
@@ -437,10 +459,11 @@ def main(argv=None):
     print(f"  against {name}: {score.mean():.4f} bits/dim, area under the ROC curve {area:.4f} "
           "(1: always less likely, 0.5: no difference, 0: always likelier)")
   if a.ode:
-    ode = ode_bpd(ddpm, model, images, a.ode, a.seed, batch=a.batch, labels=labels, desc="ODE")
+    ode = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_spread, clip=a.ode_clip, batch=a.batch, labels=labels, desc="ODE")
     value, error = mean_error(ode.numpy())
-    result["ode"] = {"bits_per_dim": value, "standard_error": error, "steps": a.ode}
-    print(f"  probability-flow ODE, {a.ode} steps: {value:.4f} ± {error:.4f} bits/dim")
+    result["ode"] = {"bits_per_dim": value, "standard_error": error, "steps": a.ode,
+                     "spread": a.ode_spread, "clip": a.ode_clip}
+    print(f"  probability-flow ODE, {a.ode} steps, {a.ode_spread} dequantization: {value:.4f} ± {error:.4f} bits/dim")
   if a.naive:
     first = np.zeros(a.naive, int)
     eq3, sampled, kl = trajectory_bound(ddpm, model, images[first], labels=None if labels is None else labels[first],

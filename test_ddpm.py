@@ -828,6 +828,26 @@ def test_times_are_drawn_by_their_weight_in_the_bound():
   t = np.random.default_rng(0).choice(20, 200_000, p=p)
   assert (L[t] / p[t]).mean() == pytest.approx(L.sum(), rel=5 * (L[t] / p[t]).std() / L.sum() / math.sqrt(200_000))
 
+@pytest.mark.parametrize("loss", ("simple", "vlb"))
+def test_errors_that_clipping_mends(loss):
+  """A new network answers ε_θ = 0, so x̂_0 is beyond the edge that x_0 lies on wherever ε points outwards: no error there
+  with --clip-x0. Elsewhere it is ε, also where x̂_0 is beyond the edge and x_0 within."""
+  a = train.arguments([*SMALL, "--clip-x0", "--batch", "64", "--loss", loss])
+  d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
+  images = rng(7).choice(np.array([0, 100, 255], np.uint8), (64, 1, 8, 8))
+  x, t, eps, y, seeds = train.draw(a, images, np.zeros(64, np.int32), 0, 1)
+  t = np.maximum(t, 2)  # L_0 is no squared error
+  before = state.fetch(state.flat["raw"])
+  got = state.fetch(train.make_step(state, d, a)(*(state.lay(v).realize() for v in (x, t, eps, y, seeds[0])),
+                                                 state.lay(np.array([0, 1, *train.hyper(a, 1)], np.float32)).realize())[0])
+  mended = (x == 0) & (eps < 0) | (x == 255) & (eps > 0)
+  assert 0.2 < mended.mean() < 0.45 and np.abs(state.fetch(state.flat["raw"]) - before).max() > 0
+  want = (eps**2 * ~mended).reshape(64, -1).mean(1)
+  if loss == "vlb":  # Eq. 12; σ_t² = β_t is not the posterior's variance, which adds what does not depend on the model
+    r = d.beta_tilde[t] / d.beta[t]
+    want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + r - 1 - np.log(r)) / 2 / LOG2
+  close(got, want, rtol=2e-4)
+
 def test_dequantized_images_and_dropped_labels():
   images = rng().integers(0, 256, (64, 1, 8, 8), np.uint8)
   draw = lambda *flags: train.draw(train.arguments([*SMALL, "--batch", "64", *flags]),
@@ -2185,7 +2205,7 @@ def test_ode_density_of_a_gaussian():
   close(exact, got.numpy()[:1], atol=1e-4)  # the Jacobian is diagonal, so one probe is exact
 
 @pytest.mark.parametrize("s,start,steps", [
-  (0.25, 0.1, 100), (0.25, 0.003, 100), (1e-6, 2/255/12**0.5, 300), (1e-6, 0.05, 300)])
+  (0.25, 0.1, 100), (0.25, 0.003, 100), (1e-6, 2/255/12**0.5, 30), (1e-6, 0.05, 30)])
 def test_ode_density_of_points_that_bear_noise(s, start, steps):
   """q(x) at the noise level is N(m √(1−start²), s² (1−start²) + start²), below t = 1 (where √(1−ᾱ) = 0.01) as well.
 
@@ -2194,7 +2214,17 @@ def test_ode_density_of_points_that_bear_noise(s, start, steps):
   mean, sd = m * math.sqrt(1 - start**2), math.sqrt(s * s * (1 - start**2) + start**2)
   x = rng(6).normal(mean, sd, (6, 1, 1, 1))
   got = ode_log_density(d, gaussian_model(d, m, s), x, steps, start=start).numpy()
-  assert np.abs(got - log_normal(x, mean, sd).ravel()).max() < 0.025
+  assert np.abs(got - log_normal(x, mean, sd).ravel()).max() < (0.025 if s > 1e-3 else 3e-3)
+
+def test_ode_clips_x0():
+  """A model that takes all data for −1.5 or 1.2: clipped to −1 and 1, these are points that bear noise, exactly."""
+  d, start = DDPM(), 0.004
+  for point, edge in ((-1.5, -1), (1.2, 1)):
+    x = rng(6).normal(edge * math.sqrt(1 - start**2), start, (6, 1, 1, 1))
+    clipped, free = [ode_log_density(d, gaussian_model(d, point, 1e-6), x, 40, start=start, clip=clip).numpy()
+                     for clip in (True, False)]
+    assert np.abs(clipped - log_normal(x, edge * math.sqrt(1 - start**2), start).ravel()).max() < 0.03  # x_T's mean is ±0.006
+    assert np.abs(free - log_normal(x, point, start).ravel()).max() < 0.01 * np.abs(free).min() and free.max() < -1000
 
 def mixture_model(d, a, s):
   """The exact eps for pixels (N(-a, s²) + N(a, s²)) / 2."""
@@ -2256,10 +2286,32 @@ def test_dequantization(monkeypatch):
   assert place.min() > -0.5 and place.max() < 0.5 and abs(place.mean()) < 0.02 and abs(place.std() - 12**-0.5) < 0.01
   assert len(np.unique(place.round(9))) > 4700
 
-def test_ode_bpd_of_a_gaussian():
-  d, k = DDPM(), gaussian_images(30, 0.1, 0.25, (1, 4, 4))
-  got = ode_bpd(d, gaussian_model(d, 0.1, 0.25), k, 60).numpy()
-  close(got, -mean_dim(log_mass(k, 0.1, 0.25)) / LOG2, atol=0.02)
+def truncated(low, high):
+  """The entropy, nats, and the deviation of N(0, 1) kept within low..high, by numerical integration."""
+  u = np.linspace(max(low, -12), min(high, 12), 400_001)
+  p = np.exp(-u * u / 2)
+  p /= p.sum() * (u[1] - u[0])
+  return -(p * np.log(p)).sum() * (u[1] - u[0]), math.sqrt((p * u * u).sum() * (u[1] - u[0]) - ((p * u).sum() * (u[1] - u[0]))**2)
+
+def test_normal_dequantization():
+  """Noise of half of half a bin's width, kept in the bin; those of 0 and 255 are open to the outside. log q is its density."""
+  k = np.repeat(np.array([0, 1, 128, 254, 255], np.uint8), 10_000).reshape(5, 1, 100, 100)
+  x, sd, log_q = evaluate.dequantized(k, spread="normal")
+  u = ((x - (k / 127.5 - 1)) / sd).reshape(5, -1)
+  assert sd == 1 / 510 and u[1:].min() >= -2 and u[:-1].max() <= 2 and u[0].min() < -3 and u[4].max() > 3
+  for i, (low, high) in enumerate(((-math.inf, 2), (-2, 2), (-2, 2), (-2, 2), (-2, math.inf))):
+    entropy, deviation = truncated(low, high)
+    assert abs(-log_q[i] / 10_000 - entropy - math.log(sd)) < 0.03 and abs(u[i].std() - deviation) < 0.04
+  # the mean of 1/q over the noise is the bin's width
+  assert np.exp(u[2]**2 / 2).mean() * sd * math.sqrt(2 * math.pi) * math.erf(2**0.5) == pytest.approx(2/255, rel=0.03)
+
+@pytest.mark.parametrize("spread,gap", (("uniform", 0), ("normal", math.log(4) - truncated(-2, 2)[0])))
+def test_ode_bpd_of_a_gaussian(spread, gap):
+  """gap: what the spreading costs where the density is flat across a bin, its width's logarithm less q's entropy."""
+  d, k = DDPM(), gaussian_images(300, 0.1, 0.25, (1, 4, 4))
+  got, want = ode_bpd(d, gaussian_model(d, 0.1, 0.25), k, 60, spread=spread), -mean_dim(log_mass(k, 0.1, 0.25))
+  close(got.numpy().mean(), (want.mean() + gap) / LOG2, atol=0.02)
+  if spread == "uniform": close(got.numpy()[:30], want[:30] / LOG2, atol=0.02)
 
 # *** the program ***
 
