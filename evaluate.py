@@ -228,13 +228,13 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
   """log p(x) of points x (n, C, H, W) in [-1, 1], by the instantaneous change of variables along the probability-flow
   ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13 and 39): a Tensor (n,), nats. Twice `steps` calls of the model.
 
-  In y = x/√ᾱ and s = √(1−ᾱ)/√ᾱ, the noise's deviation in y, the ODE is dy/ds = ε_θ = (y − x̂_0)/s and log p falls by
-  tr ∂ε_θ/∂y ds = (D − tr ∂x̂_0/∂y) d log s: Heun's method for y, the trapezoidal rule in log s for log p, both exact where
-  x̂_0 stands still. The grid are whole times that widen in a constant ratio, to time T, where x is N(0, I). No model
-  knows times below t = 1. From start = 0 one step leads there (the slope is 0 at s = 0 for any bounded score). A higher
-  start says that x bears noise of that deviation; up to the next whole time the model is asked for x̂_0 at that time.
-  clip: x̂_0 to [-1, 1]. The trace: by Hutchinson's estimator with `probes` fixed signs for each image; exactly with
-  probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
+  In y = x/√ᾱ and s = √(1−ᾱ)/√ᾱ, the noise's deviation in y, the ODE is dy/ds = ε_θ = (y − x̂_0)/s, and log p changes by
+  −tr ∂ε_θ/∂y ds = (tr ∂x̂_0/∂y − D) d log s: Heun's method for y, the trapezoidal rule in log s for log p, both exact
+  where x̂_0 stands still. The grid are whole times that widen in a constant ratio, to time T, where x is N(0, I). No
+  model knows times below t = 1. From start = 0 one step leads there (the slope is 0 at s = 0 for any bounded score). A
+  higher start says that x bears noise of that deviation; up to the next whole time the model is asked for x̂_0 at that
+  time. clip: x̂_0 to [-1, 1]. The trace: by Hutchinson's estimator with `probes` fixed signs for each image; exactly
+  with probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
   x = (x.numpy() if isinstance(x, Tensor) else np.asarray(x)).astype(np.float64)
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
   if not 1 <= steps <= ddpm.T: raise ValueError(f"steps must be a whole number from 1 to T = {ddpm.T}, not {steps}")
@@ -280,10 +280,10 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
   return Tensor(log_p.astype(np.float32))
 
 def dequantized(k, seed=0, spread="uniform"):
-  """Points x (n, C, H, W) in the bins of the levels k, the deviation of what was added, and log q(x | k) (n,) of it, nats.
+  """Points x (n, C, H, W) in the bins of the levels k, the deviation of what was added, log q(x | k) (n,), nats.
 
-  The bin of a level is 2/255 wide. "uniform": evenly over it. "normal": N(0, (1/510)²) kept within it, where the bins of
-  0 and 255 are open to the outside, as in Eq. 13 (not in the paper; Zheng et al. 2023, arXiv:2305.03935)."""
+  The bin of a level is 2/255 wide. "uniform": evenly over it. "normal": N(0, (1/510)²) kept within it, where the bins
+  of 0 and 255 are open to the outside, as in Eq. 13 (not in the paper; Zheng et al. 2023, arXiv:2305.03935)."""
   if spread == "uniform":
     u = np.stack([rng(seed, i, use=1).random(k.shape[1:]) for i in range(len(k))]) * 2 - 1
     return scaled(k) + u / 255, 1 / 255 / math.sqrt(3), np.full(len(k), -k[0].size * math.log(2 / 255))
@@ -300,9 +300,9 @@ def dequantized(k, seed=0, spread="uniform"):
 def ode_bpd(ddpm, model, x0, steps, seed=0, spread="uniform", **options):
   """bits/dim of uint8 images by the probability-flow ODE with dequantization: a Tensor (n,).
 
-  x0 uint8, or float on the 256 levels. A level's probability is that of its bin: as log ∫ p >= ∫ q log p/q, the mean over
-  draws of log q(x) − log p(x) is an upper bound on the discrete model's bits/dim, whatever q: see `dequantized`. The flow
-  starts at the noise level of this spreading. options: of ode_log_density."""
+  x0 uint8, or float on the 256 levels. A level's probability is that of its bin: as log ∫ p >= ∫ q log p/q, the mean
+  over draws of log q(x) − log p(x) is an upper bound on the discrete model's bits/dim, whatever q: see `dequantized`.
+  The flow starts at the noise level of this spreading. options: of ode_log_density."""
   x, start, log_q = dequantized(k := levels(x0), seed, spread)
   log_p = ode_log_density(ddpm, model, x, steps, seed, start=start, **options)
   return (Tensor(log_q.astype(np.float32)) - log_p) / (k[0].size * math.log(2))
@@ -459,7 +459,8 @@ def main(argv=None):
     print(f"  against {name}: {score.mean():.4f} bits/dim, area under the ROC curve {area:.4f} "
           "(1: always less likely, 0.5: no difference, 0: always likelier)")
   if a.ode:
-    ode = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_spread, clip=a.ode_clip, batch=a.batch, labels=labels, desc="ODE")
+    ode = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_spread, clip=a.ode_clip, batch=a.batch, labels=labels,
+                  desc="ODE")
     value, error = mean_error(ode.numpy())
     result["ode"] = {"bits_per_dim": value, "standard_error": error, "steps": a.ode,
                      "spread": a.ode_spread, "clip": a.ode_clip}

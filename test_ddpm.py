@@ -810,42 +810,52 @@ def test_times_are_drawn_by_their_weight_in_the_bound():
   for flags in ([], ["--schedule", "quad", "--beta-1", "1e-6", "--beta-T", "0.03"]):
     a = train.arguments(["--times", "weighted", "--batch", "64", *flags])
     d = DDPM(a.T, a.beta_1, a.beta_T, a.schedule)
-    p, snr = train.chances(a.T, a.beta_1, a.beta_T, a.schedule), d.alpha_bar[1:] / (1 - d.alpha_bar[1:])
+    w, p = train.chances(a.T, a.beta_1, a.beta_T, a.schedule)
+    snr = d.alpha_bar[1:] / (1 - d.alpha_bar[1:])
     lost = -np.diff(np.log(snr))
-    assert p[0] == 0 and p.sum() == pytest.approx(1) and len(p) == 1001
-    close(p[102:] / p[500], lost[100:] / lost[498], rtol=0.05)
-    assert p[1] / p[500] == pytest.approx(1 / (lost[498] + lost[498]**2/2), rel=0.05)  # β₁/(α₁(1−ᾱ₁)) is 1/α₁
-    t = np.concatenate([train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, n)[1]
-                        for n in range(1, 201)])
+    for v in (w, p): assert v[0] == 0 and v.sum() == pytest.approx(1) and len(v) == 1001
+    close(w[102:] / w[500], lost[100:] / lost[498], rtol=0.05)
+    assert w[1] / w[500] == pytest.approx(1 / (lost[498] + lost[498]**2/2), rel=0.05)  # β₁/(α₁(1−ᾱ₁)) is 1/α₁
+    rarer = (p / p[1])[1:] / (w / w[1])[1:]  # 1 down to SNR 1, then a tenth at SNR 1/100
+    close(rarer[snr >= 1], 1)
+    close(np.interp(math.log(100), -np.log(snr), rarer), 0.1, rtol=0.01)
+    t = np.stack([train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, n)[1]
+                  for n in range(1, 201)])
     for low, high in ((1, 1), (2, 10), (11, 300), (301, 1000)):
-      want = p[low:high+1].sum()
-      assert abs(((t >= low) & (t <= high)).mean() - want) < 5*np.sqrt(want/len(t))
-  # so weighted, L_vlb's estimate is what evenly drawn times give
+      want, inside = p[low:high+1].sum() * 64, ((t >= low) & (t <= high)).sum(1)
+      assert abs(inside.mean() - want) < 5*np.sqrt(want/200)
+      assert np.abs(inside - want).max() <= 1  # one from each stratum
+    assert abs(np.corrcoef(np.arange(64).repeat(200), t.T.ravel())[0, 1]) < 5/np.sqrt(t.size)  # whichever the image
+  # so drawn, L_vlb's estimate is what evenly drawn times give
   model = lambda x, t: x * 0.9
   d, eps = DDPM(T=20), f32(rng(2).standard_normal((20, 1, 4, 4)))
   x0 = f32(rng(1).integers(0, 256, (20, 1, 4, 4)) / 127.5 - 1)
-  L, p = vec(d.vlb_term(model, x0, at_times(*range(1, 21)), eps)), train.chances(20, 1e-4, 0.02, "linear")[1:]
+  L, p = vec(d.vlb_term(model, x0, at_times(*range(1, 21)), eps)), train.chances(20, 1e-4, 0.02, "linear")[1][1:]
   t = np.random.default_rng(0).choice(20, 200_000, p=p)
   assert (L[t] / p[t]).mean() == pytest.approx(L.sum(), rel=5 * (L[t] / p[t]).std() / L.sum() / math.sqrt(200_000))
 
+@pytest.mark.parametrize("times", ("uniform", "weighted"))
 @pytest.mark.parametrize("loss", ("simple", "vlb"))
-def test_errors_that_clipping_mends(loss):
-  """A new network answers ε_θ = 0, so x̂_0 is beyond the edge that x_0 lies on wherever ε points outwards: no error there
-  with --clip-x0. Elsewhere it is ε, also where x̂_0 is beyond the edge and x_0 within."""
-  a = train.arguments([*SMALL, "--clip-x0", "--batch", "64", "--loss", loss])
+def test_errors_that_clipping_mends(loss, times):
+  """A new network answers ε_θ = 0, so x̂_0 is beyond the edge that x_0 lies on wherever ε points outwards: no error
+  there with --clip-x0. Elsewhere it is ε, also where x̂_0 is beyond the edge and x_0 within."""
+  a = train.arguments([*SMALL, "--clip-x0", "--batch", "64", "--loss", loss, "--times", times])
   d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
   images = rng(7).choice(np.array([0, 100, 255], np.uint8), (64, 1, 8, 8))
   x, t, eps, y, seeds = train.draw(a, images, np.zeros(64, np.int32), 0, 1)
   t = np.maximum(t, 2)  # L_0 is no squared error
   before = state.fetch(state.flat["raw"])
-  got = state.fetch(train.make_step(state, d, a)(*(state.lay(v).realize() for v in (x, t, eps, y, seeds[0])),
-                                                 state.lay(np.array([0, 1, *train.hyper(a, 1)], np.float32)).realize())[0])
+  h = np.array([0, 1, *train.hyper(a, 1)], np.float32)
+  got = state.fetch(train.make_step(state, d, a)(*(state.lay(v).realize() for v in (x, t, eps, y, seeds[0], h)))[0])
   mended = (x == 0) & (eps < 0) | (x == 255) & (eps > 0)
   assert 0.2 < mended.mean() < 0.45 and np.abs(state.fetch(state.flat["raw"]) - before).max() > 0
   want = (eps**2 * ~mended).reshape(64, -1).mean(1)
   if loss == "vlb":  # Eq. 12; σ_t² = β_t is not the posterior's variance, which adds what does not depend on the model
     r = d.beta_tilde[t] / d.beta[t]
     want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + r - 1 - np.log(r)) / 2 / LOG2
+  if times == "weighted":  # so that the mean over draws is that over even draws, or, of L_simple, with L_vlb's weights
+    w, p = train.chances(a.T, a.beta_1, a.beta_T, a.schedule)
+    want *= w[t] / p[t] if loss == "simple" else 1 / (a.T * p[t])
   close(got, want, rtol=2e-4)
 
 def test_dequantized_images_and_dropped_labels():
@@ -2223,7 +2233,8 @@ def test_ode_clips_x0():
     x = rng(6).normal(edge * math.sqrt(1 - start**2), start, (6, 1, 1, 1))
     clipped, free = [ode_log_density(d, gaussian_model(d, point, 1e-6), x, 40, start=start, clip=clip).numpy()
                      for clip in (True, False)]
-    assert np.abs(clipped - log_normal(x, edge * math.sqrt(1 - start**2), start).ravel()).max() < 0.03  # x_T's mean is ±0.006
+    want = log_normal(x, edge * math.sqrt(1 - start**2), start).ravel()
+    assert np.abs(clipped - want).max() < 0.03  # the mean of x_T is ±0.006
     assert np.abs(free - log_normal(x, point, start).ravel()).max() < 0.01 * np.abs(free).min() and free.max() < -1000
 
 def mixture_model(d, a, s):
@@ -2291,10 +2302,11 @@ def truncated(low, high):
   u = np.linspace(max(low, -12), min(high, 12), 400_001)
   p = np.exp(-u * u / 2)
   p /= p.sum() * (u[1] - u[0])
-  return -(p * np.log(p)).sum() * (u[1] - u[0]), math.sqrt((p * u * u).sum() * (u[1] - u[0]) - ((p * u).sum() * (u[1] - u[0]))**2)
+  mean = lambda v: (p * v).sum() * (u[1] - u[0])
+  return -mean(np.log(p)), math.sqrt(mean(u * u) - mean(u)**2)
 
 def test_normal_dequantization():
-  """Noise of half of half a bin's width, kept in the bin; those of 0 and 255 are open to the outside. log q is its density."""
+  """Noise of a quarter of a bin's width, kept in the bin; those of 0 and 255 are open outside. log q is its density."""
   k = np.repeat(np.array([0, 1, 128, 254, 255], np.uint8), 10_000).reshape(5, 1, 100, 100)
   x, sd, log_q = evaluate.dequantized(k, spread="normal")
   u = ((x - (k / 127.5 - 1)) / sd).reshape(5, -1)

@@ -163,7 +163,10 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), norm of the gradient)."""
   # in two stages: a float32 sum of millions would drift
   def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()
-  chance = Tensor(chances(a.T, a.beta_1, a.beta_T, a.schedule).astype(np.float32), device=state.devices[0]).realize()
+  # what the loss of time t counts for: 1, or the share that it should have over the share that is drawn
+  weight, drawn = chances(a.T, a.beta_1, a.beta_T, a.schedule)
+  share = np.ones(a.T+1) if a.times == "uniform" else (weight if a.loss == "simple" else 1/a.T) / drawn.clip(1e-12)
+  share = Tensor(share.astype(np.float32), device=state.devices[0]).realize()
 
   @TinyJit
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
@@ -172,13 +175,13 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
     def model(x_t, t):
       out = state.model(x_t, t, y if a.class_conditional else None, seed if a.dropout else None)
       if not a.clip_x0: return out
-      # Clipping brings an x̂_0 beyond ±1 to an x_0 at ±1: no error is left. Any other is seen unclipped, as the gradient
+      # Clipping brings an x̂_0 beyond ±1 to an x_0 at ±1: no error is left. Any other is seen unclipped: the gradient
       # of a clipped one is 0.
-      exact = ddpm.predict_x0(x_t, t, out).clip(-1, 1) == x0
+      exact = (ddpm.predict_x0(x_t, t, out).clip(-1, 1) - x0).abs() < 1e-5
       return exact.where(ddpm.target(x0, x_t, t, eps), out)
     if a.loss == "simple": loss = ddpm.loss_terms(model, x0, t, eps)
     else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False)  # an estimate of Σₜ Lₜ₋₁ / T, in either case:
-    if a.loss == "vlb" and a.times == "weighted": loss = loss / (a.T * chance.to(t.device)[t])
+    if a.times == "weighted": loss = loss * share.to(t.device)[t]
     grad = state.flat["grad"]
     for view, g in zip(state.views("grad"), loss.mean().gradient(*nn.state.get_parameters(state.model))):
       view.assign(view * keep + g.reshape(view.shape) / a.accum if a.accum > 1 else g.reshape(view.shape))
@@ -198,13 +201,16 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   return step
 
 @functools.cache
-def chances(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
-  """How often --times weighted draws t: as its weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), summing to 1.
+def chances(T:int, beta_1:float, beta_T:float, schedule:str) -> tuple[np.ndarray, np.ndarray]:
+  """Each t's weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), and how often --times weighted draws it; sums: 1.
 
-  Not in the paper. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Row 0 is not drawn."""
+  Not in the paper. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Drawn as the weights, a
+  third would be times at which nothing of x_0 is left, and ε easy: where ᾱ_t < 1−ᾱ_t, √(ᾱ_t/(1−ᾱ_t)) as many are
+  drawn, and count for more. Row 0 is not drawn."""
   d = DDPM(T, beta_1, beta_T, schedule)
   weight = np.append(0, d.beta[1:] / (d.alpha[1:] * (1 - d.alpha_bar[1:])))
-  return weight / weight.sum()
+  drawn = weight * np.sqrt(np.minimum(1, d.alpha_bar / (1 - d.alpha_bar).clip(1e-12)))
+  return weight / weight.sum(), drawn / drawn.sum()
 
 def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n:int):
   """What step n (from 1) needs, from (seed, n) alone: images, t, eps, labels and the seed of the dropout."""
@@ -213,7 +219,7 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
   t, eps = rng.integers(1, a.T+1, a.batch, np.int32), rng.standard_normal(x.shape, np.float32)
   if a.times == "weighted":
     at = (rng.random() + np.arange(a.batch)) / a.batch  # one from each of equal strata
-    p = chances(a.T, a.beta_1, a.beta_T, a.schedule)
+    p = chances(a.T, a.beta_1, a.beta_T, a.schedule)[1]
     t = rng.permutation(np.searchsorted(p.cumsum(), at, "right").clip(1, a.T)).astype(np.int32)
   if a.dequantize: x = x + (rng.random(x.shape, np.float32) - 0.5)
   # classifier-free guidance needs a network that knows "no class" as well

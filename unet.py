@@ -194,8 +194,8 @@ def summed(sizes:tuple[int, ...], axis:int, value, op:Ops=Ops.ADD) -> UOp:
 def register_tile(macs:int, lanes:int) -> tuple[int, int]:
   """How many channels and how many pixels a kernel keeps in registers.
 
-  Eight vectors run at near the processor's peak, but take 0.4 s to compile: only much work is worth it. With 16 registers,
-  as processors have them whose vectors are of 256 bits, 2 times 4 need the fewest loads."""
+  Eight vectors run at near the processor's peak, but take 0.4 s to compile: only much work is worth it. Processors with
+  vectors of 256 bits have 16 registers: 2 vectors times 4 pixels need the fewest loads."""
   across, pixels = (1, 8) if lanes > 8 else (2, 4)
   return max(1, across*lanes) if macs > 2**16 else 1, pixels if lanes and macs > 2**24 else 1
 
@@ -295,9 +295,10 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0)
       dx = convolve(pad(g, 1, 0), w2.permute(0, 2, 5, 1, 3, 4).reshape(2, 2, w.shape[4], -1))
       dx = dx.reshape(B, H, W, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, 2*H, 2*W, -1)
       gp, p = g, 0
-    # dw: a sum for each of 8 groups of images, then over the groups: many short sums instead of one long one
+    # dw: a sum for each of 16 groups of images, then over the groups: many short sums instead of one long one, and
+    # each group stays in the cache
     dw = launch(functools.partial(weight_kernel, stride=stride, p=p, lanes=lanes),
-                (B if own else divisor(B, 8), *w.shape[1:]), xp, gp)
+                (B if own else divisor(B, 16), *w.shape[1:]), xp, gp)
     if not own:
       dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else \
         dw.sum(0, keepdim=True)
