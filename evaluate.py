@@ -224,7 +224,7 @@ def captioned(images, captions):
 
 # *** not in the paper: the likelihood of the probability-flow ODE ***
 
-def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None, start=0.0, clip=False):
+def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None, start=0.0, discrete=False):
   """log p(x) of points x (n, C, H, W) in [-1, 1], by the instantaneous change of variables along the probability-flow
   ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13 and 39): a Tensor (n,), nats. Twice `steps` calls of the model.
 
@@ -233,7 +233,7 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
   where x̂_0 stands still. The grid are whole times that widen in a constant ratio, to time T, where x is N(0, I). No
   model knows times below t = 1. From start = 0 one step leads there (the slope is 0 at s = 0 for any bounded score). A
   higher start says that x bears noise of that deviation; up to the next whole time the model is asked for x̂_0 at that
-  time. clip: x̂_0 to [-1, 1]. The trace: by Hutchinson's estimator with `probes` fixed signs for each image; exactly
+  time. discrete: see `on_levels`. The trace: by Hutchinson's estimator with `probes` fixed signs for each image; exactly
   with probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
   x = (x.numpy() if isinstance(x, Tensor) else np.asarray(x)).astype(np.float64)
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
@@ -248,9 +248,9 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
   grid = list(zip([*(np.geomspace(s_0, at[first], below + 1)[:-1] if start else [0.0]), *at[whole]],
                   [first] * below + list(whole)))
 
-  def step(x, t, vs, *y):
+  def step(x, s, t, vs, *y):
     x0_hat = ddpm.predict_x0(x, t, model(x, t, *y))
-    if clip: x0_hat = x0_hat.clip(-1, 1)
+    if discrete: x0_hat = on_levels(x0_hat, s)
     # E vᵀJv = tr J, and vᵀJ is the gradient of v·x̂₀
     traces = [(v * (v * x0_hat).sum().gradient(x)[0]).flatten(1).sum(1) for v in (vs[k] for k in range(vs.shape[0]))]
     return x0_hat.realize(), (functools.reduce(Tensor.add, traces) / len(traces)).realize()
@@ -263,7 +263,8 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
     def slopes(y, s, t):  # dy/ds, −d log p/d log s
       if s == 0: return 0 * y, 0.0
       root = math.sqrt(1 + s * s)  # 1/√ᾱ
-      x0_hat, trace = step((y / root).astype(np.float32), np.full(len(y), t, np.int32), vs, *given(labels, i))
+      x0_hat, trace = step((y / root).astype(np.float32), np.array([s], np.float32), np.full(len(y), t, np.int32), vs,
+                           *given(labels, i))
       tick(1)
       return (y - x0_hat) / s, D - trace.astype(np.float64) / root
     y, log_p = x[i] * math.sqrt(1 + s_0**2), 0.0
@@ -279,32 +280,46 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
   if not np.isfinite(log_p).all(): raise ValueError("the log-density is not finite: the ODE has diverged")
   return Tensor(log_p.astype(np.float32))
 
-def dequantized(k, seed=0, spread="uniform"):
+def on_levels(x0_hat, s):
+  """x̂_0, the mean of x_0 given y = x_0 + s ε, where x_0 is known to be one of the 256 levels: a Tensor (B, C, H, W).
+
+  If log p(x_0) is straight across a few levels, p(x_0 | y) is N(x̂_0, s²), and on the levels the mean of those that it
+  weights. Nothing changes for s beyond a level's width; for a small s it is the nearest level. Within [-1, 1]."""
+  k, width = (x0_hat + 1) * 127.5, 127.5 * s
+  nearest = k.detach().round()
+  j = Tensor(np.arange(-4, 5, dtype=np.float32), device=k.device)
+  weight = (-((k - nearest).unsqueeze(-1) - j).square() / (2 * width.square())).softmax(-1)
+  k = (width < 0.75).where(nearest + (weight * j).sum(-1), k)
+  return (k / 127.5 - 1).clip(-1, 1)
+
+def dequantized(k, seed=0, discrete=False):
   """Points x (n, C, H, W) in the bins of the levels k, the deviation of what was added, log q(x | k) (n,), nats.
 
-  The bin of a level is 2/255 wide. "uniform": evenly over it. "normal": N(0, (1/510)²) kept within it, where the bins
+  The bin of a level is 2/255 wide. Evenly over it or, if discrete, by N(0, (1/765)²) kept within it, where the bins
   of 0 and 255 are open to the outside, as in Eq. 13 (not in the paper; Zheng et al. 2023, arXiv:2305.03935)."""
-  if spread == "uniform":
-    u = np.stack([rng(seed, i, use=1).random(k.shape[1:]) for i in range(len(k))]) * 2 - 1
+  draws = [rng(seed, i, use=1) for i in range(len(k))]
+  if not discrete:
+    u = np.stack([draw.random(k.shape[1:]) for draw in draws]) * 2 - 1
     return scaled(k) + u / 255, 1 / 255 / math.sqrt(3), np.full(len(k), -k[0].size * math.log(2 / 255))
-  sd, u = 1 / 510, np.zeros(k.shape)
-  for i, draw in ((i, rng(seed, i, use=1)) for i in range(len(k))):
-    wrong = np.ones(k.shape[1:], bool)
+  sd, u = 1 / 765, np.zeros(k.shape)
+  for v, level, draw in zip(u, k, draws):
+    wrong = np.ones(v.shape, bool)
     while wrong.any():
-      u[i][wrong] = draw.standard_normal(wrong.sum())
-      wrong = (u[i] > 2) & (k[i] < 255) | (u[i] < -2) & (k[i] > 0)
-  inside = np.where((k == 0) | (k == 255), (1 + math.erf(2**0.5)) / 2, math.erf(2**0.5))  # the normal's mass in the bin
+      v[wrong] = draw.standard_normal(wrong.sum())
+      wrong = (v > 3) & (level < 255) | (v < -3) & (level > 0)
+  inside = np.where((k == 0) | (k == 255), (1 + math.erf(4.5**0.5)) / 2, math.erf(4.5**0.5))  # its mass in the bin
   log_q = -u**2 / 2 - math.log(math.sqrt(2 * math.pi) * sd) - np.log(inside)
   return scaled(k) + sd * u, sd, log_q.reshape(len(k), -1).sum(1)
 
-def ode_bpd(ddpm, model, x0, steps, seed=0, spread="uniform", **options):
+def ode_bpd(ddpm, model, x0, steps, seed=0, discrete=False, **options):
   """bits/dim of uint8 images by the probability-flow ODE with dequantization: a Tensor (n,).
 
   x0 uint8, or float on the 256 levels. A level's probability is that of its bin: as log ∫ p >= ∫ q log p/q, the mean
   over draws of log q(x) − log p(x) is an upper bound on the discrete model's bits/dim, whatever q: see `dequantized`.
-  The flow starts at the noise level of this spreading. options: of ode_log_density."""
-  x, start, log_q = dequantized(k := levels(x0), seed, spread)
-  log_p = ode_log_density(ddpm, model, x, steps, seed, start=start, **options)
+  The flow starts at the noise level of this spreading. discrete: the flow knows of the 256 levels, as the decoder of
+  Eq. 13 does: see `on_levels`. options: of ode_log_density."""
+  x, start, log_q = dequantized(k := levels(x0), seed, discrete)
+  log_p = ode_log_density(ddpm, model, x, steps, seed, start=start, discrete=discrete, **options)
   return (Tensor(log_q.astype(np.float32)) - log_p) / (k[0].size * math.log(2))
 
 # *** not in the paper: the quality of samples without another network ***
@@ -363,8 +378,7 @@ def arguments(argv):
   add("--against", nargs="+", default=[], metavar="SET", help="inverted, shifted, a dataset: more bits/dim there?")
   add("--samples", metavar="FILE.npz", help="only compare these samples with the images, without a model")
   add("--ode", type=whole(1, some), metavar="STEPS", help="bits/dim by the probability-flow ODE as well")
-  add("--ode-spread", choices=("uniform", "normal"), default="uniform", help="how --ode dequantizes (default: uniform)")
-  add("--ode-clip", action="store_true", help="--ode clips x̂_0 to [-1, 1], too")
+  add("--ode-levels", action="store_true", help="--ode knows that images have 256 levels from -1 to 1")
   add("--naive", type=whole(2, some), metavar="N", help="Eq. 3 against Eq. 5 on N trajectories of the first image")
   a = p.parse_args(argv)
   for flag, name, end in (("--rate-distortion", a.rate_distortion, ".csv"), ("--out", a.out, ".png")):
@@ -459,12 +473,11 @@ def main(argv=None):
     print(f"  against {name}: {score.mean():.4f} bits/dim, area under the ROC curve {area:.4f} "
           "(1: always less likely, 0.5: no difference, 0: always likelier)")
   if a.ode:
-    ode = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_spread, clip=a.ode_clip, batch=a.batch, labels=labels,
-                  desc="ODE")
+    ode = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_levels, batch=a.batch, labels=labels, desc="ODE")
     value, error = mean_error(ode.numpy())
     result["ode"] = {"bits_per_dim": value, "standard_error": error, "steps": a.ode,
-                     "spread": a.ode_spread, "clip": a.ode_clip}
-    print(f"  probability-flow ODE, {a.ode} steps, {a.ode_spread} dequantization: {value:.4f} ± {error:.4f} bits/dim")
+                     "levels": a.ode_levels}
+    print(f"  probability-flow ODE, {a.ode} steps{', on the levels' * a.ode_levels}: {value:.4f} ± {error:.4f} bits/dim")
   if a.naive:
     first = np.zeros(a.naive, int)
     eq3, sampled, kl = trajectory_bound(ddpm, model, images[first], labels=None if labels is None else labels[first],

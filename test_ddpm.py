@@ -874,6 +874,8 @@ def test_warm_up_and_average():
   assert (train.hyper(a, 1)[0] == pytest.approx(0.01)
           and train.hyper(a, 10)[0] == train.hyper(a, 99)[0] == pytest.approx(0.1))
   assert train.hyper(a, 1)[3] == pytest.approx(2/11) and train.hyper(a, 10**6)[3] == 0.99
+  a = train.arguments(["--warmup", "10", "--lr", "0.1", "--anneal", "100"])
+  assert [train.hyper(a, n)[0] for n in (1, 51, 100, 101, 500)] == pytest.approx([0.01, 0.05, 0.001, 0, 0])
   assert train.arguments(["--dataset", "cifar10"]).lr == 2e-4 and train.arguments(["--dataset", "cifar10"]).flip
 
 def test_every_t_is_trained_and_the_draws_are_independent():
@@ -2226,16 +2228,29 @@ def test_ode_density_of_points_that_bear_noise(s, start, steps):
   got = ode_log_density(d, gaussian_model(d, m, s), x, steps, start=start).numpy()
   assert np.abs(got - log_normal(x, mean, sd).ravel()).max() < (0.025 if s > 1e-3 else 3e-3)
 
-def test_ode_clips_x0():
-  """A model that takes all data for −1.5 or 1.2: clipped to −1 and 1, these are points that bear noise, exactly."""
+def test_ode_knows_the_ends_of_the_levels():
+  """A model that takes all data for −1.5 or 1.2: kept to −1 and 1, these are points that bear noise, exactly."""
   d, start = DDPM(), 0.004
   for point, edge in ((-1.5, -1), (1.2, 1)):
     x = rng(6).normal(edge * math.sqrt(1 - start**2), start, (6, 1, 1, 1))
-    clipped, free = [ode_log_density(d, gaussian_model(d, point, 1e-6), x, 40, start=start, clip=clip).numpy()
-                     for clip in (True, False)]
+    kept, free = [ode_log_density(d, gaussian_model(d, point, 1e-6), x, 40, start=start, discrete=discrete).numpy()
+                  for discrete in (True, False)]
     want = log_normal(x, edge * math.sqrt(1 - start**2), start).ravel()
-    assert np.abs(clipped - want).max() < 0.03  # the mean of x_T is ±0.006
+    assert np.abs(kept - want).max() < 0.03  # the mean of x_T is ±0.006
     assert np.abs(free - log_normal(x, point, start).ravel()).max() < 0.01 * np.abs(free).min() and free.max() < -1000
+
+@pytest.mark.parametrize("s", (0.0005, 0.001, 0.002, 0.004, 0.0058, 0.007, 0.05))
+def test_on_levels(s):
+  """For p(x_0) ~ exp(a x_0): the mean given y is y + a s² on the line, and on the levels a sum over all of them."""
+  k = np.arange(256) / 127.5 - 1
+  for a in (0, -40.0, 200.0)[:2 if s > 0.01 else 3]:
+    y = rng(3).uniform(-0.5, 0.5, (5, 1, 4, 4))
+    log_w = a * k - ((y[..., None] - k) / s)**2 / 2
+    w = np.exp(log_w - log_w.max(-1, keepdims=True))
+    got = evaluate.on_levels(f32(y + a * s * s), Tensor(np.array([s], np.float32))).numpy()
+    close(got, (w * k).sum(-1) / w.sum(-1), atol=2e-6 if s > 0.0008 else 1e-4)  # half-way between two a hair decides
+  ends = evaluate.on_levels(f32([[[[-1.3, 1.01]]]]), Tensor(np.array([s], np.float32)))
+  assert ends.numpy().ravel().tolist() == [-1, 1]
 
 def mixture_model(d, a, s):
   """The exact eps for pixels (N(-a, s²) + N(a, s²)) / 2."""
@@ -2283,7 +2298,7 @@ def test_ode_steps():
 def test_dequantization(monkeypatch):
   """A density that is uniform over the 256 bins needs 8 bits; every point stays in its bin and fills it."""
   seen = []
-  def uniform(d, model, x, steps, seed, start):
+  def uniform(d, model, x, steps, seed, start, discrete):
     seen.append(np.asarray(x))
     assert start == pytest.approx((x - scaled(k)).std(), rel=0.05)
     return Tensor(np.full(len(x), 16 * math.log(255 / 512), np.float32))  # the bins reach from -256/255 to 256/255
@@ -2306,24 +2321,27 @@ def truncated(low, high):
   return -mean(np.log(p)), math.sqrt(mean(u * u) - mean(u)**2)
 
 def test_normal_dequantization():
-  """Noise of a quarter of a bin's width, kept in the bin; those of 0 and 255 are open outside. log q is its density."""
+  """Noise of a sixth of a bin's width, kept in the bin; those of 0 and 255 are open outside. log q is its density."""
   k = np.repeat(np.array([0, 1, 128, 254, 255], np.uint8), 10_000).reshape(5, 1, 100, 100)
-  x, sd, log_q = evaluate.dequantized(k, spread="normal")
+  x, sd, log_q = evaluate.dequantized(k, discrete=True)
   u = ((x - (k / 127.5 - 1)) / sd).reshape(5, -1)
-  assert sd == 1 / 510 and u[1:].min() >= -2 and u[:-1].max() <= 2 and u[0].min() < -3 and u[4].max() > 3
-  for i, (low, high) in enumerate(((-math.inf, 2), (-2, 2), (-2, 2), (-2, 2), (-2, math.inf))):
+  assert sd == 1 / 765 and u[1:].min() >= -3 and u[:-1].max() <= 3 and u[0].min() < -3.1 and u[4].max() > 3.1
+  for i, (low, high) in enumerate(((-math.inf, 3), (-3, 3), (-3, 3), (-3, 3), (-3, math.inf))):
     entropy, deviation = truncated(low, high)
-    assert abs(-log_q[i] / 10_000 - entropy - math.log(sd)) < 0.03 and abs(u[i].std() - deviation) < 0.04
-  # the mean of 1/q over the noise is the bin's width
-  assert np.exp(u[2]**2 / 2).mean() * sd * math.sqrt(2 * math.pi) * math.erf(2**0.5) == pytest.approx(2/255, rel=0.03)
+    assert abs(-log_q[i] / 10_000 - entropy - math.log(sd)) < 0.03 and abs(u[i].std() - deviation) < 0.03
+  v = np.linspace(-3, 3, 6001)  # q at the points, from log q's own sum, against a density that integrates to 1
+  q = np.exp(-v * v / 2) / np.trapezoid(np.exp(-v * v / 2), v) / sd
+  close(log_q[2], np.log(np.interp(u[2], v, q)).sum(), rtol=1e-4)
 
-@pytest.mark.parametrize("spread,gap", (("uniform", 0), ("normal", math.log(4) - truncated(-2, 2)[0])))
-def test_ode_bpd_of_a_gaussian(spread, gap):
-  """gap: what the spreading costs where the density is flat across a bin, its width's logarithm less q's entropy."""
-  d, k = DDPM(), gaussian_images(300, 0.1, 0.25, (1, 4, 4))
-  got, want = ode_bpd(d, gaussian_model(d, 0.1, 0.25), k, 60, spread=spread), -mean_dim(log_mass(k, 0.1, 0.25))
-  close(got.numpy().mean(), (want.mean() + gap) / LOG2, atol=0.02)
-  if spread == "uniform": close(got.numpy()[:30], want[:30] / LOG2, atol=0.02)
+@pytest.mark.parametrize("discrete,steps", ((False, 60), (True, 150)))
+def test_ode_bpd_of_a_gaussian(discrete, steps):
+  """The mass of N(m, s²) in each bin; with `discrete` as well, as its density is straight across one: the narrow noise
+  by itself would cost log₂ 6 − 2.04 = 0.54 bits."""
+  d, k = DDPM(), gaussian_images(200, 0.1, 0.25, (1, 4, 4))
+  got = ode_bpd(d, gaussian_model(d, 0.1, 0.25), k, steps, discrete=discrete).numpy()
+  want = -mean_dim(log_mass(k, 0.1, 0.25)) / LOG2
+  close(got.mean(), want.mean(), atol=0.04 if discrete else 0.02)
+  if not discrete: close(got[:30], want[:30], atol=0.02)
 
 # *** the program ***
 

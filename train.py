@@ -38,6 +38,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--gpus", type=int, help="devices that share a batch", default=1)
   p.add_argument("--lr", type=float, help="Adam's learning rate")
   p.add_argument("--warmup", type=int, help="steps over which it rises from 0 (not in the paper, but in its code)")
+  p.add_argument("--anneal", type=int, help="steps over which it falls to 0 in a straight line (not in the paper)",
+                 default=0)
   p.add_argument("--clip", type=float, help="largest norm of the gradient (not in the paper, but in its code)",
                  default=1.0)
   p.add_argument("--ema", type=float, help="decay of the averaged weights")
@@ -73,7 +75,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   given = vars(p.parse_args(argv))
   a = argparse.Namespace(**PRESETS.get(given["dataset"], PRESETS["folder"]) | given)
   for flag, low, high in (
-      ("steps", 1, 10**9), ("batch", 1, 2**20), ("accum", 1, 2**20), ("gpus", 1, 1024), ("warmup", 0, 10**9),
+      ("steps", 1, 10**9), ("batch", 1, 2**20), ("accum", 1, 2**20), ("gpus", 1, 1024), ("warmup", 0, 10**9), ("anneal", 0, 10**9),
       ("seed", 0, 2**31-1), ("T", 1, 100_000), ("channels", 1, 2**14), ("num_res_blocks", 1, 100),
       ("norm_groups", 1, 2**14), ("save_every", 1, 10**9), ("sample_every", 0, 10**9)):
     if not low <= getattr(a, flag) <= high:
@@ -229,7 +231,8 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
 def hyper(a:argparse.Namespace, n:int) -> list[float]:
   """Learning rate, Adam's two corrections and the decay of the average at step n (from 1)."""
   decay = min(a.ema, (1+n) / (10+n))  # not in the paper: a young average must forget the initialisation
-  return [a.lr * min(1, n/max(a.warmup, 1)), 1-0.9**n, 1-0.999**n, decay]
+  left = max(0, 1 - (n-1)/a.anneal) if a.anneal else 1
+  return [a.lr * min(1, n/max(a.warmup, 1)) * left, 1-0.9**n, 1-0.999**n, decay]
 
 # ***** the run *****
 
@@ -237,7 +240,7 @@ def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
           "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "clip_x0", "sigma", "flip",
-          "class_conditional", "drop_labels", "init")
+          "class_conditional", "drop_labels", "init", "anneal")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 
