@@ -2333,11 +2333,11 @@ def test_normal_dequantization():
   q = np.exp(-v * v / 2) / np.trapezoid(np.exp(-v * v / 2), v) / sd
   close(log_q[2], np.log(np.interp(u[2], v, q)).sum(), rtol=1e-4)
 
-@pytest.mark.parametrize("discrete,steps", ((False, 60), (True, 150)))
+@pytest.mark.parametrize("discrete,steps", ((False, 60), (True, 100)))
 def test_ode_bpd_of_a_gaussian(discrete, steps):
   """The mass of N(m, s²) in each bin; with `discrete` as well, as its density is straight across one: the narrow noise
   by itself would cost log₂ 6 − 2.04 = 0.54 bits."""
-  d, k = DDPM(), gaussian_images(200, 0.1, 0.25, (1, 4, 4))
+  d, k = DDPM(), gaussian_images(100, 0.1, 0.25, (1, 4, 4))
   got = ode_bpd(d, gaussian_model(d, 0.1, 0.25), k, steps, discrete=discrete).numpy()
   want = -mean_dim(log_mass(k, 0.1, 0.25)) / LOG2
   close(got.mean(), want.mean(), atol=0.04 if discrete else 0.02)
@@ -2383,7 +2383,7 @@ def test_program(program, tmp_path):
   assert r["rmse"] == pytest.approx(127.5 * math.sqrt(b["mse_x0"][:, 0].mean()), rel=1e-5)
   assert r["outliers"] == np.array(r["index"])[np.argsort(r["per_image"])[::-1][:4]].tolist()
   assert "64 dimensions" in out and f"{r['bits_per_dim']:.6f}" in out and f"± {r['standard_error']:.6f}" in out
-  assert not err
+  assert not [line for line in err.splitlines() if not line.startswith("compiling: ")]  # a slow machine says so
   assert Image.open("outliers.png").size[0] > 100 and Image.open("rd/x.png") and len(open("rd/x.csv").readlines()) == 41
 
 def test_default_is_stratified_and_more_estimates(program):

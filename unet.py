@@ -503,6 +503,7 @@ class Kept(dict):
     helpers.diskcache_put(self.table, self.digest(key), self.shrink(value))
     # a first step takes a minute: show that it goes on
     self.missing.discard(key)
+    if not self.made: self.told = time.monotonic()
     self.made, tty = self.made+1, sys.stderr.isatty()
     if not self.missing and self.made: self.told, self.made = time.monotonic(), 0
     elif time.monotonic()-self.told > (0.2 if tty else 10):
