@@ -475,8 +475,7 @@ def main(argv=None):
   if a.ode:
     ode = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_levels, batch=a.batch, labels=labels, desc="ODE")
     value, error = mean_error(ode.numpy())
-    result["ode"] = {"bits_per_dim": value, "standard_error": error, "steps": a.ode,
-                     "levels": a.ode_levels}
+    result["ode"] = {"bits_per_dim": value, "standard_error": error, "steps": a.ode, "levels": a.ode_levels}
     print(f"  probability-flow ODE, {a.ode} steps{', on the levels' * a.ode_levels}: {value:.4f} ± {error:.4f} bits/dim")
   if a.naive:
     first = np.zeros(a.naive, int)

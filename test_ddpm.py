@@ -2382,7 +2382,7 @@ def test_program(program, tmp_path):
   assert r["rmse"] == pytest.approx(127.5 * math.sqrt(b["mse_x0"][:, 0].mean()), rel=1e-5)
   assert r["outliers"] == np.array(r["index"])[np.argsort(r["per_image"])[::-1][:4]].tolist()
   assert "64 dimensions" in out and f"{r['bits_per_dim']:.6f}" in out and f"± {r['standard_error']:.6f}" in out
-  assert not [line for line in err.splitlines() if not line.startswith("compiling: ")]  # a slow machine says so
+  assert not err
   assert Image.open("outliers.png").size[0] > 100 and Image.open("rd/x.png") and len(open("rd/x.csv").readlines()) == 41
 
 def test_default_is_stratified_and_more_estimates(program):

@@ -75,7 +75,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   given = vars(p.parse_args(argv))
   a = argparse.Namespace(**PRESETS.get(given["dataset"], PRESETS["folder"]) | given)
   for flag, low, high in (
-      ("steps", 1, 10**9), ("batch", 1, 2**20), ("accum", 1, 2**20), ("gpus", 1, 1024), ("warmup", 0, 10**9), ("anneal", 0, 10**9),
+      ("steps", 1, 10**9), ("batch", 1, 2**20), ("accum", 1, 2**20), ("gpus", 1, 1024), ("warmup", 0, 10**9),
+      ("anneal", 0, 10**9),
       ("seed", 0, 2**31-1), ("T", 1, 100_000), ("channels", 1, 2**14), ("num_res_blocks", 1, 100),
       ("norm_groups", 1, 2**14), ("save_every", 1, 10**9), ("sample_every", 0, 10**9)):
     if not low <= getattr(a, flag) <= high:
@@ -165,10 +166,10 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), norm of the gradient)."""
   # in two stages: a float32 sum of millions would drift
   def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()
-  # what the loss of time t counts for: 1, or the share that it should have over the share that is drawn
-  weight, drawn = chances(a.T, a.beta_1, a.beta_T, a.schedule)
-  share = np.ones(a.T+1) if a.times == "uniform" else (weight if a.loss == "simple" else 1/a.T) / drawn.clip(1e-12)
-  share = Tensor(share.astype(np.float32), device=state.devices[0]).realize()
+  if a.times == "weighted":  # what the loss of time t counts for: the share that it should have over the share drawn
+    weight, drawn = chances(a.T, a.beta_1, a.beta_T, a.schedule)
+    share = (weight if a.loss == "simple" else 1/a.T) / drawn.clip(1e-12)
+    share = Tensor(share.astype(np.float32), device=state.devices[0]).realize()
 
   @TinyJit
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
