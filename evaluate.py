@@ -224,7 +224,8 @@ def captioned(images, captions):
 
 # *** not in the paper: the likelihood of the probability-flow ODE ***
 
-def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None, start=0.0, discrete=False):
+def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=None, desc=None, start=0.0,
+                    discrete=False):
   """log p(x) of points x (n, C, H, W) in [-1, 1], by the instantaneous change of variables along the probability-flow
   ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13 and 39): a Tensor (n,), nats. Twice `steps` calls of the model.
 
@@ -233,8 +234,8 @@ def ode_log_density(ddpm, model, x, steps, seed=0, probes=1, batch=32, labels=No
   where x̂_0 stands still. The grid are whole times that widen in a constant ratio, to time T, where x is N(0, I). No
   model knows times below t = 1. From start = 0 one step leads there (the slope is 0 at s = 0 for any bounded score). A
   higher start says that x bears noise of that deviation; up to the next whole time the model is asked for x̂_0 at that
-  time. discrete: see `on_levels`. The trace: by Hutchinson's estimator with `probes` fixed signs for each image; exactly
-  with probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
+  time. discrete: see `on_levels`. The trace: by Hutchinson's estimator with `probes` fixed signs for each image;
+  exactly with probes=0, which costs D of them. ValueError unless 1 <= steps <= T."""
   x = (x.numpy() if isinstance(x, Tensor) else np.asarray(x)).astype(np.float64)
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
   if not 1 <= steps <= ddpm.T: raise ValueError(f"steps must be a whole number from 1 to T = {ddpm.T}, not {steps}")
@@ -476,7 +477,8 @@ def main(argv=None):
     ode = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_levels, batch=a.batch, labels=labels, desc="ODE")
     value, error = mean_error(ode.numpy())
     result["ode"] = {"bits_per_dim": value, "standard_error": error, "steps": a.ode, "levels": a.ode_levels}
-    print(f"  probability-flow ODE, {a.ode} steps{', on the levels' * a.ode_levels}: {value:.4f} ± {error:.4f} bits/dim")
+    print(f"  probability-flow ODE, {a.ode} steps{', on the levels' * a.ode_levels}: "
+          f"{value:.4f} ± {error:.4f} bits/dim")
   if a.naive:
     first = np.zeros(a.naive, int)
     eq3, sampled, kl = trajectory_bound(ddpm, model, images[first], labels=None if labels is None else labels[first],
