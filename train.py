@@ -374,7 +374,8 @@ def main(argv:list[str]|None=None):
   if stop:
     print(f"\nstopped at step {n} and saved: run the same command again to go on", file=sys.stderr)
     sys.exit(130)
-  print(f"done: {out}/samples.png, {out}/loss.png, {out}/ema.safetensors", file=sys.stderr)
+  made = ("samples.png", "loss.png", "ema.safetensors") if a.sample_every else ("loss.png", "ema.safetensors")
+  print("done:", ", ".join(f"{out}/{name}" for name in made), file=sys.stderr)
 
 if __name__ == "__main__":
   try: main()
