@@ -282,7 +282,7 @@ def arguments(argv):
   p.add_argument("--seed", type=number(int, 0), default=0)
   p.add_argument("--batch", type=number(int, 1), default=64, help="images at once: a matter of memory, not of result")
   p.add_argument("--class", dest="label", type=number(int, 0), metavar="K",
-                 help="of a class-conditional model (default: any)")
+                 help="of a class-conditional model (default: all of them equally)")
   p.add_argument("--guidance", type=number(float, 0, 100), metavar="W", help="0: no label, 1: plain (default), more")
   figure = p.add_mutually_exclusive_group()
   figure.add_argument("--classes", action="store_true", help="a row of images for each class")
@@ -357,9 +357,11 @@ def main(argv=None):
     x_T = draw_x_T(rows * null if args.classes else rows, shape, args.seed).numpy()
     labels, ncols = None, None
     if args.classes: labels, ncols = np.repeat(np.arange(null, dtype=np.int32), rows), rows
-    # without a class any of them, x ~ Σ_y p(x | y) / K: better than the null class, which --guidance 0 gives
+    # Without a class all K of them equally, x ~ Σ_y p(x | y) / K: each once among K images, in any order. Better than
+    # the null class, which --guidance 0 gives.
     elif null and args.label is None:
-      labels = np.array([g.integers(null) for g in generators(args.seed, 5, range(rows))], np.int32)
+      orders = [g.permutation(null) for g in generators(args.seed, 5, range(math.ceil(rows / null)))]
+      labels = np.concatenate(orders)[:rows].astype(np.int32)
     if args.progressive: x0, ncols = progressive(functools.partial(draw, labels=labels), x_T, times)
     elif args.shared: x0, ncols = shared(draw, x_T, times, args.shared)
     else:
