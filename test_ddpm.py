@@ -857,6 +857,22 @@ def test_errors_that_clipping_mends_and_weighted_times(loss):
   want *= w[t] / p[t] if loss == "simple" else 1 / (a.T * p[t])
   close(got, want, rtol=2e-4)
 
+def test_min_snr_weights():
+  """Above γ the weight γ/SNR turns the error of ε into γ times that of x̂_0, Eq. 15; a new network answers ε_θ = 0."""
+  a = train.arguments([*SMALL, "--batch", "64", "--min-snr", "5"])
+  d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
+  x, t, eps, y, seeds = train.draw(a, rng(7).integers(0, 256, (64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, 1)
+  h = np.array([0, 1, *train.hyper(a, 1)], np.float32)
+  got = state.fetch(train.make_step(state, d, a)(*(state.lay(v).realize() for v in (x, t, eps, y, seeds[0], h)))[0])
+  x0, squared = x / 127.5 - 1, lambda v: (np.asarray(v, np.float64)**2).reshape(64, -1).mean(1)
+  x_t = d.q_sample(f32(x0), at_times(*t), f32(eps))
+  in_x0 = squared(d.predict_x0(x_t, at_times(*t), x_t * 0).numpy() - x0)
+  clear = d.alpha_bar[t] > 5/6                                # SNR > 5
+  assert 0.2 < clear.mean() < 0.8
+  close(got, np.where(clear, 5 * in_x0, squared(eps)), rtol=1e-3)
+  for flags in (["--loss", "vlb"], ["--predict", "x0"], ["--times", "weighted"]):
+    with pytest.raises(ValueError, match="--min-snr"): train.arguments([*SMALL, "--min-snr", "5", *flags])
+
 def test_dequantized_images_and_dropped_labels():
   images = rng().integers(0, 256, (64, 1, 8, 8), np.uint8)
   draw = lambda *flags: train.draw(train.arguments([*SMALL, "--batch", "64", *flags]),
@@ -894,7 +910,8 @@ def test_every_t_is_trained_and_the_draws_are_independent():
 @pytest.mark.parametrize("flags,match", [
   (["--batch", "0"], "--batch 0"), (["--steps", "-5"], "--steps -5"), (["--lr", "nan"], "--lr nan"),
   (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T 0"),
-  (["--channel-mult", "0,1"], "--channel-mult"), (["--accum", "3"], "--accum 3"), (["--clip", "-1"], "--clip")])
+  (["--channel-mult", "0,1"], "--channel-mult"), (["--accum", "3"], "--accum 3"), (["--clip", "-1"], "--clip"),
+  (["--min-snr", "-1"], "--min-snr -1")])
 def test_flags_out_of_range(flags, match):
   with pytest.raises(ValueError, match=match): train.arguments([*SMALL, *flags])
 

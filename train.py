@@ -54,6 +54,9 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--times", choices=("uniform", "weighted"), default="uniform",
                  help="how t is drawn: evenly, or as its weight in L_vlb (not in the paper): L_vlb is then less noisy, "
                       "and L_simple weights the times as L_vlb does")
+  p.add_argument("--min-snr", type=float, metavar="GAMMA", default=0,
+                 help="weight the error of ε by min(SNR, GAMMA)/SNR, SNR = ᾱ_t/(1-ᾱ_t): more for the shape of samples, "
+                      "less for their finest detail; 0: no (not in the paper)")
   p.add_argument("--dequantize", action="store_true", default=False,
                  help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode; not in the paper)")
   p.add_argument("--clip-x0", action="store_true", default=False,
@@ -86,11 +89,14 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
                          ("clip", 0 < a.clip < math.inf, "above 0"),
                          ("ema", 0 <= a.ema < 1, "from 0 up to below 1"),
                          ("dropout", 0 <= a.dropout < 1, "from 0 up to below 1"),
+                         ("min_snr", 0 <= a.min_snr < math.inf, "0 or more"),
                          ("drop_labels", 0 <= a.drop_labels <= 1, "from 0 to 1")):
     if not ok: raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is out of range: it must be {want}")
   for flag, least in (("channel_mult", 1), ("attn", 0)):
     if len(getattr(a, flag)) < least or any(v < 1 for v in getattr(a, flag)):
       raise ValueError(f"--{flag.replace('_', '-')} needs whole numbers from 1 up, such as 1,2,2")
+  if a.min_snr and (a.predict, a.loss, a.times) != ("eps", "simple", "uniform"):
+    raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps, --loss simple and --times uniform")
   if a.batch % (a.accum*a.gpus):
     raise ValueError(f"--batch {a.batch} must be a multiple of --accum {a.accum} times --gpus {a.gpus}")
   if a.out == "runs/<dataset>": a.out = f"runs/{pathlib.Path(a.dataset).name or 'folder'}"
@@ -166,10 +172,13 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), norm of the gradient)."""
   # in two stages: a float32 sum of millions would drift
   def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()
-  if a.times == "weighted":  # what the loss of time t counts for: the share that it should have over the share drawn
+  share = None  # what the loss of time t counts for, if not 1
+  if a.times == "weighted":  # the share that it should have over the share drawn
     weight, drawn = chances(a.T, a.beta_1, a.beta_T, a.schedule)
     share = (weight if a.loss == "simple" else 1/a.T) / drawn.clip(1e-12)
-    share = Tensor(share.astype(np.float32), device=state.devices[0]).realize()
+  if a.min_snr:  # min(SNR, γ)/SNR, SNR = ᾱ_t/(1−ᾱ_t): Hang et al. 2023 (arXiv:2303.09556), not in the paper
+    share = np.minimum(1, a.min_snr * (1-ddpm.alpha_bar) / ddpm.alpha_bar)
+  if share is not None: share = Tensor(share.astype(np.float32), device=state.devices[0]).realize()
 
   @TinyJit
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +193,7 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
       return exact.where(ddpm.target(x0, x_t, t, eps), out)
     if a.loss == "simple": loss = ddpm.loss_terms(model, x0, t, eps)
     else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False)  # an estimate of Σₜ Lₜ₋₁ / T, in either case:
-    if a.times == "weighted": loss = loss * share.to(t.device)[t]
+    if share is not None: loss = loss * share.to(t.device)[t]
     grad = state.flat["grad"]
     for view, g in zip(state.views("grad"), loss.mean().gradient(*nn.state.get_parameters(state.model))):
       view.assign(view * keep + g.reshape(view.shape) / a.accum if a.accum > 1 else g.reshape(view.shape))
@@ -240,8 +249,8 @@ def hyper(a:argparse.Namespace, n:int) -> list[float]:
 def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
-          "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "dequantize", "clip_x0", "sigma", "flip",
-          "class_conditional", "drop_labels", "init", "anneal")
+          "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "min_snr", "dequantize", "clip_x0", "sigma",
+          "flip", "class_conditional", "drop_labels", "init", "anneal")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 
