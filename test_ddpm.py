@@ -819,6 +819,12 @@ def test_times_are_drawn_by_their_weight_in_the_bound():
     rarer = (p / p[1])[1:] / (w / w[1])[1:]  # 1 down to SNR 1, then a tenth at SNR 1/100
     close(rarer[snr >= 1], 1)
     close(np.interp(math.log(100), -np.log(snr), rarer), 0.1, rtol=0.01)
+    # with γ = 100 the same at the other end: at SNR 10,000 a hundredth of the weight, a tenth of the draws
+    for v, u, least in zip(train.chances(a.T, a.beta_1, a.beta_T, a.schedule, 100), (w, p), (0.01, 0.1)):
+      less = v[1:] / u[1:] * (u[500] / v[500])
+      close(less[snr <= 100], 1)
+      assert v[0] == 0 and v.sum() == pytest.approx(1) and (np.diff(less) > -1e-9).all()
+      if snr[0] > 1e4: close(np.interp(-math.log(1e4), -np.log(snr), less), least, rtol=0.01)
     t = np.stack([train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, n)[1]
                   for n in range(1, 201)])
     for low, high in ((1, 1), (2, 10), (11, 300), (301, 1000)):
@@ -857,9 +863,10 @@ def test_errors_that_clipping_mends_and_weighted_times(loss):
   want *= w[t] / p[t] if loss == "simple" else 1 / (a.T * p[t])
   close(got, want, rtol=2e-4)
 
-def test_min_snr_weights():
+@pytest.mark.parametrize("times", ("uniform", "weighted"))
+def test_min_snr_weights(times):
   """Above γ the weight γ/SNR turns the error of ε into γ times that of x̂_0, Eq. 15; a new network answers ε_θ = 0."""
-  a = train.arguments([*SMALL, "--batch", "64", "--min-snr", "5"])
+  a = train.arguments([*SMALL, "--batch", "64", "--min-snr", "5", "--times", times])
   d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
   x, t, eps, y, seeds = train.draw(a, rng(7).integers(0, 256, (64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, 1)
   h = np.array([0, 1, *train.hyper(a, 1)], np.float32)
@@ -869,8 +876,13 @@ def test_min_snr_weights():
   in_x0 = squared(d.predict_x0(x_t, at_times(*t), x_t * 0).numpy() - x0)
   clear = d.alpha_bar[t] > 5/6                                # SNR > 5
   assert 0.2 < clear.mean() < 0.8
-  close(got, np.where(clear, 5 * in_x0, squared(eps)), rtol=1e-3)
-  for flags in (["--loss", "vlb"], ["--predict", "x0"], ["--times", "weighted"]):
+  want = np.where(clear, 5 * in_x0, squared(eps))
+  if times == "weighted":  # each t counts as in L_vlb, of which it is min(SNR, γ)/SNR; an error of 1 everywhere is 1
+    (w, _), (_, p) = [train.chances(a.T, a.beta_1, a.beta_T, a.schedule, g) for g in (0, 5)]
+    all_t = np.minimum(1, 5 * (1 - d.alpha_bar[1:]) / d.alpha_bar[1:])
+    want *= w[t] / p[t] / (w[1:] * all_t).sum()
+  close(got, want, rtol=1e-3)
+  for flags in (["--loss", "vlb"], ["--predict", "x0"]):
     with pytest.raises(ValueError, match="--min-snr"): train.arguments([*SMALL, "--min-snr", "5", *flags])
 
 def test_dequantized_images_and_dropped_labels():

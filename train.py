@@ -95,8 +95,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   for flag, least in (("channel_mult", 1), ("attn", 0)):
     if len(getattr(a, flag)) < least or any(v < 1 for v in getattr(a, flag)):
       raise ValueError(f"--{flag.replace('_', '-')} needs whole numbers from 1 up, such as 1,2,2")
-  if a.min_snr and (a.predict, a.loss, a.times) != ("eps", "simple", "uniform"):
-    raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps, --loss simple and --times uniform")
+  if a.min_snr and (a.predict, a.loss) != ("eps", "simple"):
+    raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps and --loss simple")
   if a.batch % (a.accum*a.gpus):
     raise ValueError(f"--batch {a.batch} must be a multiple of --accum {a.accum} times --gpus {a.gpus}")
   if a.out == "runs/<dataset>": a.out = f"runs/{pathlib.Path(a.dataset).name or 'folder'}"
@@ -174,9 +174,9 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   def total(v:Tensor) -> Tensor: return v.reshape(-1, 4096).sum(0).sum()
   share = None  # what the loss of time t counts for, if not 1
   if a.times == "weighted":  # the share that it should have over the share drawn
-    weight, drawn = chances(a.T, a.beta_1, a.beta_T, a.schedule)
+    weight, drawn = chances(a.T, a.beta_1, a.beta_T, a.schedule, a.min_snr)
     share = (weight if a.loss == "simple" else 1/a.T) / drawn.clip(1e-12)
-  if a.min_snr:  # min(SNR, γ)/SNR, SNR = ᾱ_t/(1−ᾱ_t): Hang et al. 2023 (arXiv:2303.09556), not in the paper
+  elif a.min_snr:  # min(SNR, γ)/SNR, SNR = ᾱ_t/(1−ᾱ_t): Hang et al. 2023 (arXiv:2303.09556), not in the paper
     share = np.minimum(1, a.min_snr * (1-ddpm.alpha_bar) / ddpm.alpha_bar)
   if share is not None: share = Tensor(share.astype(np.float32), device=state.devices[0]).realize()
 
@@ -213,15 +213,18 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   return step
 
 @functools.cache
-def chances(T:int, beta_1:float, beta_T:float, schedule:str) -> tuple[np.ndarray, np.ndarray]:
+def chances(T:int, beta_1:float, beta_T:float, schedule:str, min_snr:float=0) -> tuple[np.ndarray, np.ndarray]:
   """Each t's weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), and how often --times weighted draws it; sums: 1.
 
   Not in the paper. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Drawn as the weights, a
   third would be times at which nothing of x_0 is left, and ε easy: where ᾱ_t < 1−ᾱ_t, √(ᾱ_t/(1−ᾱ_t)) as many are
-  drawn, and count for more. Row 0 is not drawn."""
+  drawn, and count for more. min_snr = γ makes the weight min(SNR, γ)/SNR of that, and as at the other end its root as
+  many are drawn. Row 0 is not drawn."""
   d = DDPM(T, beta_1, beta_T, schedule)
   weight = np.append(0, d.beta[1:] / (d.alpha[1:] * (1 - d.alpha_bar[1:])))
-  drawn = weight * np.sqrt(np.minimum(1, d.alpha_bar / (1 - d.alpha_bar).clip(1e-12)))
+  snr = d.alpha_bar / (1 - d.alpha_bar).clip(1e-12)
+  clear = np.minimum(1, min_snr / snr) if min_snr else 1
+  drawn, weight = weight * np.sqrt(np.minimum(1, snr) * clear), weight * clear
   return weight / weight.sum(), drawn / drawn.sum()
 
 def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n:int):
@@ -231,7 +234,7 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
   t, eps = rng.integers(1, a.T+1, a.batch, np.int32), rng.standard_normal(x.shape, np.float32)
   if a.times == "weighted":
     at = (rng.random() + np.arange(a.batch)) / a.batch  # one from each of equal strata
-    p = chances(a.T, a.beta_1, a.beta_T, a.schedule)[1]
+    p = chances(a.T, a.beta_1, a.beta_T, a.schedule, a.min_snr)[1]
     t = rng.permutation(np.searchsorted(p.cumsum(), at, "right").clip(1, a.T)).astype(np.int32)
   if a.dequantize: x = x + (rng.random(x.shape, np.float32) - 0.5)
   # classifier-free guidance needs a network that knows "no class" as well
