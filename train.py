@@ -176,8 +176,7 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   if a.times == "weighted":  # the share that it should have over the share drawn
     weight, drawn = chances(a.T, a.beta_1, a.beta_T, a.schedule, a.min_snr)
     share = (weight if a.loss == "simple" else 1/a.T) / drawn.clip(1e-12)
-  elif a.min_snr:  # min(SNR, γ)/SNR, SNR = ᾱ_t/(1−ᾱ_t): Hang et al. 2023 (arXiv:2303.09556), not in the paper
-    share = np.minimum(1, a.min_snr * (1-ddpm.alpha_bar) / ddpm.alpha_bar)
+  elif a.min_snr: share = min_snr_weight(ddpm, a.min_snr)
   if share is not None: share = Tensor(share.astype(np.float32), device=state.devices[0]).realize()
 
   @TinyJit
@@ -212,6 +211,10 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace):
   step.cnt = 1  # everything is realized already, so the first call can be the one that is captured
   return step
 
+def min_snr_weight(ddpm:DDPM, gamma:float) -> np.ndarray:
+  """min(SNR, γ)/SNR of each t, SNR = ᾱ_t/(1−ᾱ_t): Hang et al. 2023 (arXiv:2303.09556), not in the paper."""
+  return np.minimum(1, gamma * (1-ddpm.alpha_bar) / ddpm.alpha_bar)
+
 @functools.cache
 def chances(T:int, beta_1:float, beta_T:float, schedule:str, min_snr:float=0) -> tuple[np.ndarray, np.ndarray]:
   """Each t's weight in Eq. 12 with σ_t² = β_t, β_t/(2 α_t (1−ᾱ_t)), and how often --times weighted draws it; sums: 1.
@@ -222,9 +225,9 @@ def chances(T:int, beta_1:float, beta_T:float, schedule:str, min_snr:float=0) ->
   many are drawn. Row 0 is not drawn."""
   d = DDPM(T, beta_1, beta_T, schedule)
   weight = np.append(0, d.beta[1:] / (d.alpha[1:] * (1 - d.alpha_bar[1:])))
-  snr = d.alpha_bar / (1 - d.alpha_bar).clip(1e-12)
-  clear = np.minimum(1, min_snr / snr) if min_snr else 1
-  drawn, weight = weight * np.sqrt(np.minimum(1, snr) * clear), weight * clear
+  clear = min_snr_weight(d, min_snr) if min_snr else 1
+  drawn = weight * np.sqrt(np.minimum(1, d.alpha_bar / (1 - d.alpha_bar).clip(1e-12)) * clear)
+  weight = weight * clear
   return weight / weight.sum(), drawn / drawn.sum()
 
 def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n:int):
