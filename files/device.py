@@ -1,0 +1,73 @@
+"""The device a program runs on, and how a step is captured for it."""
+from __future__ import annotations
+import ctypes, functools, os, shutil, sys
+from collections.abc import Callable
+from tinygrad import Device, Tensor, TinyJit
+from tinygrad.engine.jit import JitError
+from tinygrad.helpers import DEV
+
+@functools.cache
+def clang(named:str|None=None) -> str|None:
+  """The C compiler for tinygrad's CPU device: `named` ($CC), else the newest clang, which Debian calls clang-19 or so."""
+  names = [named] if named else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
+  return next((c for n in names if (c := shutil.which(n))), None)
+
+def find_compiler() -> str|None:
+  """Sets $CC, which tinygrad reads, to the path of `clang`, if there is one."""
+  if found := clang(os.environ.get("CC")): os.environ["CC"] = found
+  return found
+
+def is_processor(device:str) -> bool:
+  """Whether an OpenCL device is the processor itself, as PoCL's is, and no GPU."""
+  from tinygrad.runtime.autogen import opencl as cl
+  kind = ctypes.c_uint64()
+  cl.clGetDeviceInfo(Device[device].cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
+  return not kind.value & cl.CL_DEVICE_TYPE_GPU and bool(kind.value & cl.CL_DEVICE_TYPE_CPU)
+
+def open_device() -> str:
+  """Opens the device that $DEV names, else the first that tinygrad finds, sets up fast/ and says on stderr which it is.
+
+  An OpenCL device that is the processor itself comes after tinygrad's own CPU device, which is quicker to start.
+  RuntimeError, in one sentence, when there is none, $DEV names one that is not there, or its compiler is missing."""
+  asked, compiler = os.environ.get("DEV", ""), find_compiler()
+  os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-w")  # PoCL prints its compiler's warnings, which no user can act on
+  missing = ("no GPU was found and " if not asked else "") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
+    "apt-get install clang; macOS: xcode-select --install) or set CC to where it is"
+  try:
+    device = Device[Device.DEFAULT].device
+    if not asked and device == "CL" and compiler and is_processor(device):
+      os.environ["DEV"] = DEV.value = "CPU"
+      device = Device["CPU"].device
+    uses_clang = device.startswith("CPU") and type(Device[device].renderer).__name__ == "ClangRenderer"
+  except Exception as e:
+    if (asked or "CPU").upper().startswith("CPU") and not compiler: raise RuntimeError(missing) from e
+    raise RuntimeError(f"tinygrad cannot open the device DEV={asked} "
+                       f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
+  # tinygrad would not miss it before the first kernel that its cache does not hold
+  if uses_clang and not compiler: raise RuntimeError(missing)
+  try: from fast import setup
+  except ImportError: pass
+  else: setup()
+  print(f"device: {device}" + ("" if asked else "  (another: DEV=CUDA, METAL, AMD, CL, CPU)"), file=sys.stderr)
+  return device
+
+def captured(step:Callable, kept:dict|None=None, *key) -> Callable:
+  """step(*tensors) -> tensors as one TinyJit, captured in its first call: a fresh TinyJit's call 0 runs uncaptured, to
+  let lazy state settle, and here there is none. The next call writes its outputs over those of the call before.
+
+  A step that reads a tensor's values on the host, as a model in numpy does, cannot be captured and runs as it is.
+  kept: a dict that keeps the captured step for the next caller with the same code, `key` and enclosed variables."""
+  kept = {} if kept is None else kept
+  # all that the step encloses is a part of the key: with another eta or model it is another step
+  full = (step.__code__, *key, *(cell.cell_contents for cell in step.__closure__ or ()))
+  if full in kept: return kept[full]
+  jit = TinyJit(step)
+  jit.cnt = 1
+  runs = [jit]
+  def call(*tensors:Tensor):
+    if runs[0] is jit and jit.cnt == 1:
+      try: return jit(*tensors)
+      except JitError: runs[0] = step
+    return runs[0](*tensors)
+  kept[full] = call
+  return call

@@ -1,0 +1,24 @@
+"""What several test files share."""
+import os
+from pathlib import Path
+import numpy as np
+from tinygrad import Tensor, nn
+import unet
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent/"shared"/"golden"))
+DATA = Path(os.environ.get("DATA_DIR", ROOT.parent/"shared"/"data"))
+TINY = dict(in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0,
+            image_size=8, norm_groups=4)
+close = np.testing.assert_allclose
+
+def rng(seed=0): return np.random.default_rng(seed)
+def f32(a): return Tensor(np.asarray(a, np.float32)).realize()
+def arr(*shape, seed=0, scale=1.0): return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
+
+def random_model(**kw):
+  """A network whose last layers are not near 0, so that every weight has an influence."""
+  model = unet.UNet(**{**TINY, **kw})
+  for i, p in enumerate(nn.state.get_parameters(model)):
+    p.replace(Tensor(p.numpy() + arr(*p.shape, seed=i, scale=0.1)).realize())
+  return model

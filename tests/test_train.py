@@ -1,0 +1,254 @@
+# ***** train.py *****
+
+SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "",
+         "--norm-groups", "4", "--sample-every", "0", "--T", "50"]
+
+def run(out, *flags): train.main([*SMALL, "--out", str(out), *map(str, flags)])
+
+def contents(out):
+  return {f.name: f.read_bytes() for f in sorted(pathlib.Path(out).iterdir()) if f.is_file() and f.name != "log.jsonl"}
+
+def losses(out): return [json.loads(line)["loss"] for line in (pathlib.Path(out)/"log.jsonl").read_text().splitlines()]
+
+def test_resume_is_exact_and_seeds_matter(tmp_path):
+  run(tmp_path/"a", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
+  run(tmp_path/"b", "--steps", 4, "--save-every", 2, "--dropout", 0.1)
+  with open(tmp_path/"b"/"log.jsonl", "a") as f:
+    f.write('{"step": 5, "loss": 0}\n{"st')  # as a killed run would leave it
+  run(tmp_path/"b", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
+  assert (contents(tmp_path/"a") == contents(tmp_path/"b") and losses(tmp_path/"a") == losses(tmp_path/"b")
+          and len(losses(tmp_path/"a")) == 6)
+  with pytest.raises(ValueError, match="lr"): run(tmp_path/"b", "--steps", 8, "--dropout", 0.1, "--lr", 1e-5)
+  with pytest.raises(ValueError, match="channels|network"):
+    run(tmp_path/"b", "--steps", 8, "--dropout", 0.1, "--channels", 16)
+  run(tmp_path/"b", "--restart", "--steps", 2, "--dropout", 0.1, "--seed", 1)
+  assert losses(tmp_path/"b")[0] != losses(tmp_path/"a")[0]
+
+def test_a_number_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, monkeypatch):
+  run(tmp_path, "--steps", 2, "--save-every", 1)
+  before, draw = contents(tmp_path), train.draw
+  def broken(*args):
+    x, t, eps, *rest = draw(*args)
+    return x, t, eps * np.float32(np.nan if args[-1] == 4 else 1), *rest
+  monkeypatch.setattr(train, "draw", broken)
+  with pytest.raises(ValueError, match="step 4.*nan.*last.safetensors"): run(tmp_path, "--steps", 6, "--save-every", 10)
+  assert contents(tmp_path) == before
+
+def step_once(accum=1, gpus=1, steps=2, **flags):
+  """The state after some steps on noise, and what came out of each."""
+  a = train.arguments([*SMALL, "--accum", str(accum), "--gpus", str(gpus),
+                       *(f for k, v in flags.items() for f in (f"--{k}", str(v)))])
+  config = dict(TINY, channel_mult=a.channel_mult, attn_resolutions=(), dropout=a.dropout)
+  base = Device.DEFAULT.split(":")[0]
+  state = train.State(config, (Device.DEFAULT,) if gpus == 1 else tuple(f"{base}:{i}" for i in range(gpus)))
+  step, images, seen = (train.make_step(state, DDPM(T=a.T), a),
+                        np.random.default_rng(0).integers(0, 256, (8, 1, 8, 8), np.uint8), [])
+  for n in range(1, steps+1):
+    x, t, eps, y, seeds = train.draw(a, images, np.zeros(8, np.int32), 0, n)
+    part = 8//accum
+    for k in range(accum):
+      h = np.array([k > 0, k == accum-1, *train.hyper(a, n)], np.float32)
+      before = {name: state.fetch(f)[:state.size].copy() for name, f in state.flat.items()}
+      loss, norm = step(*(state.lay(v[k*part:(k+1)*part]).realize() for v in (x, t, eps, y)),
+                        state.lay(seeds[k], None).realize(), state.lay(h, None).realize())
+      after = {name: state.fetch(f)[:state.size].copy() for name, f in state.flat.items()}
+      seen.append((state.fetch(loss), float(state.fetch(norm)), before, after, h, GlobalCounters.mem_used))
+  return seen
+
+def test_adam_clipping_and_average_against_float64():
+  for _, norm, before, after, h, _ in step_once(clip=0.5):
+    g = after["grad"].astype(np.float64)
+    assert abs(norm - np.sqrt((g*g).sum())) < 1e-4 * norm
+    g *= min(1, 0.5/norm)
+    lr, c1, c2, decay = h[2:].astype(np.float64)
+    m, v = 0.9*before["m"] + 0.1*g, 0.999*before["v"] + 0.001*g*g
+    w = before["raw"] - lr * (m/c1) / (np.sqrt(v/c2) + 1e-8)
+    for name, want in (("m", m), ("v", v), ("raw", w), ("ema", decay*before["ema"] + (1-decay)*w)):
+      np.testing.assert_allclose(after[name], want, rtol=1e-4, atol=1e-7, err_msg=name)
+    assert np.abs(after["raw"] - after["ema"]).max() > 0  # the average is no alias of the weights
+
+def test_parts_of_a_batch_and_several_devices_give_the_same_step():
+  one = step_once()
+  last = lambda seen: (seen[-1][1], seen[-1][3]["grad"])
+  for other in (step_once(accum=2), step_once(gpus=4) if Device.DEFAULT == "CPU" else one):
+    assert abs(last(other)[0] - last(one)[0]) < 1e-3 * last(one)[0]
+    np.testing.assert_allclose(last(other)[1], last(one)[1], atol=2e-5)
+
+def test_times_are_drawn_by_their_weight_in_the_bound():
+  # the weight of ‖ε − ε_θ‖² is half of what log SNR loses in a step, up to its square
+  for flags in ([], ["--schedule", "quad", "--beta-1", "1e-6", "--beta-T", "0.03"]):
+    a = train.arguments(["--times", "weighted", "--batch", "64", *flags])
+    d = DDPM(a.T, a.beta_1, a.beta_T, a.schedule)
+    w, p = train.chances(a.T, a.beta_1, a.beta_T, a.schedule)
+    snr = d.alpha_bar[1:] / (1 - d.alpha_bar[1:])
+    lost = -np.diff(np.log(snr))
+    for v in (w, p): assert v[0] == 0 and v.sum() == pytest.approx(1) and len(v) == 1001
+    close(w[102:] / w[500], lost[100:] / lost[498], rtol=0.05)
+    assert w[1] / w[500] == pytest.approx(1 / (lost[498] + lost[498]**2/2), rel=0.05)  # β₁/(α₁(1−ᾱ₁)) is 1/α₁
+    rarer = (p / p[1])[1:] / (w / w[1])[1:]  # 1 down to SNR 1, then a tenth at SNR 1/100
+    close(rarer[snr >= 1], 1)
+    close(np.interp(math.log(100), -np.log(snr), rarer), 0.1, rtol=0.01)
+    # with γ = 100 the same at the other end: at SNR 10,000 a hundredth of the weight, a tenth of the draws
+    for v, u, least in zip(train.chances(a.T, a.beta_1, a.beta_T, a.schedule, 100), (w, p), (0.01, 0.1)):
+      less = v[1:] / u[1:] * (u[500] / v[500])
+      close(less[snr <= 100], 1)
+      assert v[0] == 0 and v.sum() == pytest.approx(1) and (np.diff(less) > -1e-9).all()
+      if snr[0] > 1e4: close(np.interp(-math.log(1e4), -np.log(snr), less), least, rtol=0.01)
+    t = np.stack([train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, n)[1]
+                  for n in range(1, 201)])
+    for low, high in ((1, 1), (2, 10), (11, 300), (301, 1000)):
+      want, inside = p[low:high+1].sum() * 64, ((t >= low) & (t <= high)).sum(1)
+      assert abs(inside.mean() - want) < 5*np.sqrt(want/200)
+      assert np.abs(inside - want).max() <= 1  # one from each stratum
+    assert abs(np.corrcoef(np.arange(64).repeat(200), t.T.ravel())[0, 1]) < 5/np.sqrt(t.size)  # whichever the image
+  # so drawn, L_vlb's estimate is what evenly drawn times give
+  model = lambda x, t: x * 0.9
+  d, eps = DDPM(T=20), f32(rng(2).standard_normal((20, 1, 4, 4)))
+  x0 = f32(rng(1).integers(0, 256, (20, 1, 4, 4)) / 127.5 - 1)
+  L, p = vec(d.vlb_term(model, x0, at_times(*range(1, 21)), eps)), train.chances(20, 1e-4, 0.02, "linear")[1][1:]
+  t = np.random.default_rng(0).choice(20, 200_000, p=p)
+  assert (L[t] / p[t]).mean() == pytest.approx(L.sum(), rel=5 * (L[t] / p[t]).std() / L.sum() / math.sqrt(200_000))
+
+@pytest.mark.parametrize("loss", ("simple", "vlb"))
+def test_errors_that_clipping_mends_and_weighted_times(loss):
+  """A new network answers ε_θ = 0, so x̂_0 is beyond the edge that x_0 lies on wherever ε points outwards: no error
+  there with --clip-x0. Elsewhere it is ε, also where x̂_0 is beyond the edge and x_0 within."""
+  a = train.arguments([*SMALL, "--clip-x0", "--batch", "64", "--loss", loss, "--times", "weighted"])
+  d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
+  images = rng(7).choice(np.array([0, 100, 255], np.uint8), (64, 1, 8, 8))
+  x, t, eps, y, seeds = train.draw(a, images, np.zeros(64, np.int32), 0, 1)
+  t = np.maximum(t, 2)  # L_0 is no squared error
+  before = state.fetch(state.flat["raw"])
+  h = np.array([0, 1, *train.hyper(a, 1)], np.float32)
+  got = state.fetch(train.make_step(state, d, a)(*(state.lay(v).realize() for v in (x, t, eps, y, seeds[0], h)))[0])
+  mended = (x == 0) & (eps < 0) | (x == 255) & (eps > 0)
+  assert 0.2 < mended.mean() < 0.45 and np.abs(state.fetch(state.flat["raw"]) - before).max() > 0
+  want = (eps**2 * ~mended).reshape(64, -1).mean(1)
+  if loss == "vlb":  # Eq. 12; σ_t² = β_t is not the posterior's variance, which adds what does not depend on the model
+    r = d.beta_tilde[t] / d.beta[t]
+    want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + r - 1 - np.log(r)) / 2 / LOG2
+  # so that the mean over draws is that over even ones, or, of L_simple, with L_vlb's weights
+  w, p = train.chances(a.T, a.beta_1, a.beta_T, a.schedule)
+  want *= w[t] / p[t] if loss == "simple" else 1 / (a.T * p[t])
+  close(got, want, rtol=2e-4)
+
+@pytest.mark.parametrize("times", ("uniform", "weighted"))
+def test_min_snr_weights(times):
+  """Above γ the weight γ/SNR turns the error of ε into γ times that of x̂_0, Eq. 15; a new network answers ε_θ = 0."""
+  a = train.arguments([*SMALL, "--batch", "64", "--min-snr", "5", "--times", times])
+  d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
+  x, t, eps, y, seeds = train.draw(a, rng(7).integers(0, 256, (64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, 1)
+  h = np.array([0, 1, *train.hyper(a, 1)], np.float32)
+  got = state.fetch(train.make_step(state, d, a)(*(state.lay(v).realize() for v in (x, t, eps, y, seeds[0], h)))[0])
+  x0, squared = x / 127.5 - 1, lambda v: (np.asarray(v, np.float64)**2).reshape(64, -1).mean(1)
+  x_t = d.q_sample(f32(x0), at_times(*t), f32(eps))
+  in_x0 = squared(d.predict_x0(x_t, at_times(*t), x_t * 0).numpy() - x0)
+  clear = d.alpha_bar[t] > 5/6                                # SNR > 5
+  assert 0.2 < clear.mean() < 0.8
+  want = np.where(clear, 5 * in_x0, squared(eps))
+  if times == "weighted":  # each t counts as in L_vlb, of which it is min(SNR, γ)/SNR; an error of 1 everywhere is 1
+    (w, _), (_, p) = [train.chances(a.T, a.beta_1, a.beta_T, a.schedule, g) for g in (0, 5)]
+    all_t = np.minimum(1, 5 * (1 - d.alpha_bar[1:]) / d.alpha_bar[1:])
+    want *= w[t] / p[t] / (w[1:] * all_t).sum()
+  close(got, want, rtol=1e-3)
+  for flags in (["--loss", "vlb"], ["--predict", "x0"]):
+    with pytest.raises(ValueError, match="--min-snr"): train.arguments([*SMALL, "--min-snr", "5", *flags])
+
+def test_dequantized_images_and_dropped_labels():
+  images = rng().integers(0, 256, (64, 1, 8, 8), np.uint8)
+  draw = lambda *flags: train.draw(train.arguments([*SMALL, "--batch", "64", *flags]),
+                                   images, np.zeros(64, np.int32), 9, 1)
+  whole, spread = draw()[0], draw("--dequantize")[0]
+  u = spread - whole
+  assert whole.dtype == np.uint8 and u.min() >= -0.5 and u.max() <= 0.5 and abs(u.std() - 12**-0.5) < 0.01
+  assert abs(np.corrcoef(u.ravel(), draw()[2].ravel())[0, 1]) < 5 / 64
+  for p in (0, 0.5, 1): assert abs((draw("--drop-labels", str(p))[3] == 9).mean() - p) < 0.3
+  assert (draw("--drop-labels", "0")[3] == 0).all() and (draw("--drop-labels", "1")[3] == 9).all()
+
+def test_warm_up_and_average():
+  a = train.arguments(["--warmup", "10", "--lr", "0.1", "--ema", "0.99"])
+  assert (train.hyper(a, 1)[0] == pytest.approx(0.01)
+          and train.hyper(a, 10)[0] == train.hyper(a, 99)[0] == pytest.approx(0.1))
+  assert train.hyper(a, 1)[3] == pytest.approx(2/11) and train.hyper(a, 10**6)[3] == 0.99
+  a = train.arguments(["--warmup", "10", "--lr", "0.1", "--anneal", "100"])
+  assert [train.hyper(a, n)[0] for n in (1, 51, 100, 101, 500)] == pytest.approx([0.01, 0.05, 0.001, 0, 0])
+  assert train.arguments(["--dataset", "cifar10"]).lr == 2e-4 and train.arguments(["--dataset", "cifar10"]).flip
+
+def test_every_t_is_trained_and_the_draws_are_independent():
+  a = train.arguments([*SMALL, "--batch", "64", "--T", "20"])
+  draws = [train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 10, n) for n in range(1, 201)]
+  t, eps = np.concatenate([d[1] for d in draws]), np.concatenate([d[2] for d in draws])
+  counts = np.bincount(t, minlength=21)
+  # T and 1 as often as the others
+  assert counts[0] == 0 and len(counts) == 21 and np.abs(counts[1:] - 640).max() < 5*np.sqrt(640)
+  assert abs(eps.mean()) < 5/np.sqrt(eps.size) and abs(eps.std() - 1) < 5/np.sqrt(eps.size)
+  flat = eps.reshape(len(eps), -1)
+  for other in (t, sample.draw_x_T(len(t), (1, 1, 1), a.seed).numpy().ravel()):
+    assert np.abs([np.corrcoef(other, flat[:, j])[0, 1] for j in range(0, 64, 8)]).max() < 5/np.sqrt(len(t))
+  assert len({d[2].tobytes() for d in draws}) == 200
+  assert abs(np.mean([d[3] == 10 for d in draws]) - 0.1) < 0.02  # labels dropped
+
+@pytest.mark.parametrize("flags,match", [
+  (["--batch", "0"], "--batch 0"), (["--steps", "-5"], "--steps -5"), (["--lr", "nan"], "--lr nan"),
+  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T 0"),
+  (["--channel-mult", "0,1"], "--channel-mult"), (["--accum", "3"], "--accum 3"), (["--clip", "-1"], "--clip"),
+  (["--min-snr", "-1"], "--min-snr -1")])
+def test_flags_out_of_range(flags, match):
+  with pytest.raises(ValueError, match=match): train.arguments([*SMALL, *flags])
+
+@pytest.mark.parametrize("program,flags,says", [
+  ("train.py", ["--dataset", "nonsense"], "nonsense"), ("train.py", ["--out", "/proc/x"], "/proc/x"),
+  ("sample.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+  ("evaluate.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+  ("train.py", ["--dataset", "glyphs", "--channels", "12", "--norm-groups", "5"], "groups")])
+def test_programs_end_with_one_sentence(program, flags, says, tmp_path):
+  r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/program), *flags],
+                     capture_output=True, text=True, cwd=tmp_path)
+  assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
+
+def test_no_device_and_no_compiler(tmp_path):
+  for env, says in (({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")):
+    r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/"train.py"), "--out", str(tmp_path/"r")],
+                       capture_output=True, text=True, env={**os.environ, **env, "XDG_CACHE_HOME": str(tmp_path)})
+    assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
+
+def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path):
+  command = [sys.executable, str(pathlib.Path(__file__).parent/"train.py"), *SMALL,
+             "--steps", "12", "--save-every", "2"]
+  log = tmp_path/"stopped"/"log.jsonl"
+  run(tmp_path/"whole", "--steps", 12, "--save-every", 2)
+  for lines, how in ((1, signal.SIGKILL), (4, signal.SIGINT)):  # stopped once the log has more lines than that
+    p = subprocess.Popen([*command, "--out", str(tmp_path/"stopped")], stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and not (log.exists() and log.read_text().count("\n") > lines): time.sleep(0.002)
+    p.send_signal(how)
+    says = p.communicate()[1]
+    if how == signal.SIGINT:  # Ctrl-C saves the step it is at
+      assert p.returncode == 130 and "run the same command again" in says
+      assert (json.loads(unet.read_tensors(tmp_path/"stopped"/"last.safetensors")[1]["ddpm"])["step"]
+              == len(losses(tmp_path/"stopped")))
+  run(tmp_path/"stopped", "--steps", 12, "--save-every", 2)
+  assert (contents(tmp_path/"whole") == contents(tmp_path/"stopped")
+          and losses(tmp_path/"whole") == losses(tmp_path/"stopped"))
+
+def test_memory_does_not_grow():
+  used = [seen[-1] for seen in step_once(steps=20)]
+  assert len(set(used[3:])) == 1
+
+@pytest.mark.parametrize("predict,loss,sigma", [("mu", "vlb", "beta"), ("x0", "simple", "beta_tilde")])
+def test_other_rows_of_table_2_and_labels(tmp_path, predict, loss, sigma):
+  run(tmp_path, "--steps", 1, "--predict", predict, "--loss", loss, "--sigma", sigma, "--class-conditional",
+      "--beta-1", 1e-3, "--beta-T", 0.3)
+  model, meta = unet.load(tmp_path/"ema.safetensors")
+  assert (meta["ddpm"] == {"T": 50, "beta_1": 1e-3, "beta_T": 0.3, "schedule": "linear", "sigma": sigma,
+                           "predict": predict} and model.config["num_classes"] == 10)
+
+def test_a_run_can_begin_with_the_weights_of_another(tmp_path):
+  run(tmp_path/"a", "--steps", 3)
+  before = unet.read_tensors(tmp_path/"a"/"ema.safetensors")[0]
+  run(tmp_path/"b", "--steps", 1, "--lr", 1e-9, "--init", tmp_path/"a")
+  raw = unet.read_tensors(tmp_path/"b"/"last.safetensors")[0]
+  for k, v in before.items():
+    for key in ("raw", "ema"): close(raw[f"{key}.{k}"], v, atol=1e-6)
+  with pytest.raises(ValueError, match="--init.*another network"):
+    run(tmp_path/"c", "--steps", 1, "--channels", 16, "--init", tmp_path/"a")
+
