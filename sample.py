@@ -122,13 +122,13 @@ def ddim_step(ddpm, eps_hat, x_t, t, s, eta=0.0, noise=None):
   It is Eq. 4 at time s with x̂_0 for x_0, and for ε a mixture of the old noise ε̂ and a new one: with σ² = η² β̃_{t|s},
   Eq. 16, and κ² = σ²/(1−ᾱ_s), √(1−ᾱ_s−σ²) ε̂ + σ z = √(1−ᾱ_s) (√(1−κ²) ε̂ + κ z). At η = 0, s may also be above t.
   """
-  t, s = ddpm._time(x_t, t, 0), ddpm._time(x_t, s, 0)
-  sqrt_alpha_bar, var = ddpm._jump(x_t, t)
+  t, s = ddpm.time(x_t, t, 0), ddpm.time(x_t, s, 0)
+  sqrt_alpha_bar, var = ddpm.jump(x_t, t)
   x0_hat = (x_t - var.sqrt() * eps_hat) / sqrt_alpha_bar     # x̂₀ = (xₜ − √(1−ᾱₜ) ε̂) / √ᾱₜ
   if eta:
     if noise is None or not 0 <= eta <= 1: raise ValueError(f"eta must be within 0..1, with noise, not {eta}")
-    sqrt_alpha, beta = ddpm._jump(x_t, t, s)
-    old = (sqrt_alpha.square() * ddpm._jump(x_t, s)[1] + (1 - eta**2) * beta) / var  # 1−κ², without a difference
+    sqrt_alpha, beta = ddpm.jump(x_t, t, s)
+    old = (sqrt_alpha.square() * ddpm.jump(x_t, s)[1] + (1 - eta**2) * beta) / var  # 1−κ², without a difference
     eps_hat = old.sqrt() * eps_hat + eta * (beta / var).sqrt() * noise               # κ² = η² β_{t|s} / (1−ᾱₜ)
   return ddpm.q_sample(x0_hat, s, eps_hat)                   # x_s = √ᾱ_s x̂₀ + √(1−ᾱ_s) ε
 
@@ -162,13 +162,13 @@ def reverse_sde(ddpm, x, eps_hat, t, s, z):
   dx = −½ β(t) x dt + √β(t) dw, reversed: dx = [−½ β(t) x − β(t) ∇log q(x)] dt + √β(t) dw̄, where the noise of the step,
   ∫ₛᵗ β(τ) dτ = log ᾱ_s − log ᾱ_t, and the score −ε̂/√(1−ᾱ_t) are those of the discrete chain.
   """
-  beta = -(1 - ddpm._jump(x, t, s)[1]).log()
-  score = -eps_hat / ddpm._jump(x, t)[1].sqrt()
+  beta = -(1 - ddpm.jump(x, t, s)[1]).log()
+  score = -eps_hat / ddpm.jump(x, t)[1].sqrt()
   return x + beta * (x / 2 + score) + beta.sqrt() * z        # x_s = xₜ + B (½ xₜ + ∇log q) + √B z
 
 def langevin_step(ddpm, x, eps_hat, t, r, z):
   """Langevin dynamics at time t with the step size r (1−ᾱ_t): x + r (1−ᾱ_t) ∇log q(x) + √(2 r (1−ᾱ_t)) z."""
-  var = ddpm._jump(x, t)[1]
+  var = ddpm.jump(x, t)[1]
   return x - r * var.sqrt() * eps_hat + (2 * r * var).sqrt() * z
 
 def sample_sde(ddpm, model, x_T, steps, seed=0, clip=True, **walking):
@@ -188,7 +188,7 @@ def sample_pc(ddpm, model, x_T, steps, seed=0, clip=True, snr=0.16, **walking):
   if not snr > 0: raise ValueError(f"snr must be above 0, not {snr}")
   def step(x, t, s, z):
     x0_hat, eps_hat = denoise(ddpm, model, x, t, clip)
-    corrected = langevin_step(ddpm, x, eps_hat, t, 2 * snr**2 * ddpm._jump(x, t, t - 1)[0].square(), z)
+    corrected = langevin_step(ddpm, x, eps_hat, t, 2 * snr**2 * ddpm.jump(x, t, t - 1)[0].square(), z)
     predicted = column(s > 0, x).where(reverse_sde(ddpm, x, eps_hat, t, s, z), x0_hat)
     return column(s == t, x).where(corrected, predicted), x0_hat
   return walk(ddpm, model, x_T, steps, step, seed, repeat=2, **walking)

@@ -1,0 +1,38 @@
+"""What makes tinygrad quick here: operations of the network as kernels of our own, all CPU cores, a quick start.
+
+Nothing in this folder changes a number beyond rounding. PLAIN=1 leaves all of it out, and so does deleting the folder:
+unet.py then runs its own operations. One file for each purpose; each change to tinygrad's own behaviour stands in
+`compiler.py`, `cores.py` or `quickstart.py`, with what it gains and what in tinygrad would make it unnecessary. They
+are made by `setup`, never by an import.
+"""
+from __future__ import annotations
+import functools, os
+from collections.abc import Callable
+from files.device import find_compiler
+from tinygrad import Device
+
+def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
+
+def setup():
+  """Called where a program opens its device, and by the first network that is built."""
+  find_compiler()
+  if not plain(): install()
+
+@functools.cache
+def install():
+  from fast import compiler, cores, quickstart
+  try: cpu = Device[Device.DEFAULT].device.startswith("CPU")
+  except Exception: return  # no device: whoever opens it says so
+  if cpu:
+    compiler.install()
+    cores.install()
+  quickstart.install()
+
+def quick(plainly:Callable) -> Callable:
+  """Runs the operation of this name in fast/operations.py in the place of unet.py's own, unless PLAIN=1 is set."""
+  @functools.wraps(plainly)
+  def operation(*args, **options):
+    if plain(): return plainly(*args, **options)
+    from fast import operations
+    return getattr(operations, plainly.__name__)(*args, **options)
+  return operation

@@ -1,0 +1,104 @@
+"""All CPU cores: tinygrad's CPU device runs the rounds of a kernel's outer loop one after another on one of them."""
+from __future__ import annotations
+import concurrent.futures, ctypes, functools, math, os, time
+import numpy as np
+import tinygrad.schedule
+from fast.kernels import divisor, shared_round
+from tinygrad import Device, dtypes, helpers
+from tinygrad.device import TinyELF
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.engine.realize import get_call_arg_uops
+from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.runtime.autogen import libc
+from tinygrad.uop.ops import Ops, UOp
+
+TEAM = """
+typedef unsigned long long word;
+void run(word *command, word n, word me, word team, word *arrived, void (*give_way)(void)) {
+  for (word i = 1; i <= n; i++, command += 35) {
+    word a[32];
+    for (int k = 0; k < 32; k++) a[k] = command[3+k];
+    void (*kernel)(%s) = (void*)command[0];
+    for (word task = me; task < command[1]; task += team) { a[command[2]] = task; kernel(%s); }
+    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
+    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i*team; spins++) {
+      if (__atomic_load_n(arrived+1, __ATOMIC_RELAXED)) return;
+      if (spins > 1000) give_way();
+    }
+  }
+}""" % (", ".join(["word"]*32), ", ".join(f"a[{k}]" for k in range(32)))
+
+@functools.cache
+def cores() -> int:
+  """How many cores share a kernel: those that the process may use, $NUM_CPU_THREADS if given, at most 16."""
+  allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 16
+  return max(1, min(16, helpers.NUM_CPU_THREADS.value, allowed))
+
+@functools.cache
+def team() -> tuple:
+  """What runs the kernels: the compiled function, and the threads that call it beside the main one."""
+  from tinygrad.runtime.ops_cpu import CPUProgram
+  cpu = Device["CPU"]
+  code = TinyELF(cpu.renderer.compiler.compile_cached(TEAM), "run", cpu.renderer.target, (), b"")
+  return CPUProgram(cpu, code), concurrent.futures.ThreadPoolExecutor(max(1, cores()-1))
+
+class Team(GraphRunner):
+  """The kernels that a TinyJit has captured, as one call in which the cores share the rounds of each one's outer loop.
+
+  tinygrad's own CPU device runs those rounds one after another on one core. Between kernels the cores wait for each
+  other. One kernel is a row of `commands`: address, rounds, which argument is the round, then its arguments."""
+  @staticmethod
+  def supports_uop(devices:list, call:UOp) -> bool:
+    args = get_call_arg_uops(call)
+    return (GraphRunner.supports_uop(devices, call) and len(args) < 32
+            and {v.expr for v in call.src[0].arg.vars} <= {"core_id"}
+            and all(u.op is Ops.PARAM or not u.op_in_backward_slice_with_self(Ops.PARAM) for u in args))
+
+  def __init__(self, linear:UOp, input_uops:tuple[UOp, ...]=()):
+    super().__init__(linear, input_uops)
+    self.commands, self.inputs = np.zeros((len(self.calls), 35), np.uint64), []
+    for command, call, runtime, replace in zip(self.commands, self.calls, self.runtimes, self.uop_replace):
+      _, program, bufs, _ = call
+      info = program.arg
+      command[:3] = runtime.addr, info.global_size[0] if info.vars else 1, len(info.globals) if info.vars else 31
+      command[3:3+len(info.globals)] = [bufs[i]._buf.va_addr for i in info.globals]
+      self.inputs += [(command, 3+info.globals.index(i), slot) for i, slot in replace if i in info.globals]
+
+  def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False) -> float:
+    start, (program, pool), arrived = time.perf_counter(), team(), np.zeros(2, np.uint64)
+    for command, i, slot in self.inputs: command[i] = input_uops[slot].buffer._buf.va_addr
+    give_way = ctypes.cast(libc.dll.sched_yield, ctypes.c_void_p).value
+    def work(me:int):
+      program.fxn(*map(ctypes.c_uint64, (self.commands.ctypes.data, len(self.commands), me, cores(),
+                                         arrived.ctypes.data, give_way)))
+    try:
+      others = [pool.submit(work, me) for me in range(1, cores())]
+      work(0)
+      for other in others: other.result()
+    except BaseException:  # Ctrl-C: let nobody wait for one who does not come
+      arrived[1] = 1
+      raise
+    return time.perf_counter() - start
+
+def share(linear:UOp) -> UOp:
+  """A schedule in which the cores share the outer loop of tinygrad's own kernels too, where they are large."""
+  def shared(kernel:UOp) -> UOp:
+    store, first, *others = kernel.src[0].src
+    n = divisor(size := first.vmax+1, 64)
+    rest = [first.replace(src=(UOp.const(size//n, dtypes.weakint),))] if n < size else []
+    i = shared_round(n)*(size//n) + (rest[0] if rest else 0)
+    return kernel.replace(src=(store.substitute({first: i}).end(*rest, *others),))
+  def large(call:UOp) -> bool:
+    kernel = call.src[0]
+    return (kernel.op is Ops.SINK and getattr(kernel.arg, "opts_to_apply", 0) is None and kernel.src[0].op is Ops.END
+            and all(u.device == "CPU" for u in call.src[1:]) and divisor(kernel.src[0].src[1].vmax+1, 64) > 1
+            and math.prod(r.vmax+1 for r in kernel.src[0].src[1:]) > 2**17)
+  return linear.replace(src=tuple(c.replace(src=(shared(c.src[0]), *c.src[1:])) if large(c) else c for c in linear.src))
+
+def install():
+  """Captured steps and large kernels go through `Team` and `share`: twice as fast on two cores.
+
+  A CPU device of tinygrad's that runs the rounds of a kernel in parallel would make this unnecessary."""
+  if os.name != "posix" or cores() < 2 or not isinstance(Device["CPU"].renderer, ClangRenderer): return
+  Device["CPU"].graph, create_schedule = Team, tinygrad.schedule.create_schedule
+  tinygrad.schedule.create_schedule = lambda sink: share(create_schedule(sink))

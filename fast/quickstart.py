@@ -1,0 +1,58 @@
+"""A quick start: schedules and lowered kernels kept in tinygrad's cache on the disk."""
+from __future__ import annotations
+import functools, hashlib, importlib.metadata, os, pathlib, sys, time
+import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
+from tinygrad import Device, helpers
+from tinygrad.uop.ops import CallInfo, Ops, UOp
+
+class Kept(dict):
+  """A dict of tinygrad's that lives as long as the process, kept in tinygrad's cache on the disk as well.
+
+  Of a first step's time nearly all goes into scheduling and lowering in Python, and that cache spares the C compiler
+  alone. The keys are digests of what is scheduled or lowered, and of tinygrad's version and settings. (The cache holds
+  machine code and pickles anyway: who can write to it needs no more.)"""
+  def __init__(self, table:str, shrink=lambda v: v, restore=lambda k, v: v):
+    settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items())
+    self.table, self.shrink, self.restore = table, shrink, restore
+    code = [f.read_bytes() for f in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
+    self.settings = repr((importlib.metadata.version("tinygrad"), os.environ.get("DMC"), settings,
+                          hashlib.sha256(b"".join(code)).hexdigest()))  # a kernel of ours that changes is another one
+    self.missing, self.made, self.told = set(), 0, time.monotonic()
+  def digest(self, key) -> str: return hashlib.sha256(repr((self.settings, key)).encode()).hexdigest()
+  def __contains__(self, key) -> bool:
+    if (found := self.get(key)) is None: self.missing.add(key)
+    return found is not None
+  def get(self, key, default=None):
+    if not super().__contains__(key) and (v := helpers.diskcache_get(self.table, self.digest(key))) is not None:
+      super().__setitem__(key, self.restore(key, v))
+    return super().get(key, default)
+  def __setitem__(self, key, value):
+    super().__setitem__(key, value)
+    helpers.diskcache_put(self.table, self.digest(key), self.shrink(value))
+    # a first step takes a minute: show that it goes on
+    self.missing.discard(key)
+    if not self.made: self.told = time.monotonic()
+    self.made, tty = self.made+1, sys.stderr.isatty()
+    if not self.missing and self.made: self.told, self.made = time.monotonic(), 0
+    elif time.monotonic()-self.told > (0.2 if tty else 10):
+      self.told, text = time.monotonic(), f"compiling: {self.made} of {self.made+len(self.missing)} kernels"
+      print(f"\r\033[K{text}\r" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
+
+def without_code(program:UOp) -> UOp:
+  """Of a lowered kernel what a launch reads: its parameters and its source, which the compiler's own cache knows."""
+  sink, linear, source, _ = program.src
+  params = tuple(u for u in linear.src if u.op is Ops.PARAM)
+  return program.replace(src=(UOp(Ops.SINK, src=params, arg=sink.arg), UOp(Ops.LINEAR, src=params), source))
+
+def with_code(key:tuple, program:UOp) -> UOp:
+  compiler = Device[key[2].device].renderer.compiler
+  return program.replace(src=(*program.src, UOp(Ops.BINARY, arg=compiler.compile_cached(program.src[2].arg))))
+
+def install():
+  """A second program starts in 5 s instead of 40. tinygrad's own caches of these live as long as the process; if it kept
+  them on the disk, this would be unnecessary."""
+  # tinygrad's own holds an address, and so would make a new key each time
+  CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"
+  tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")
+  tinygrad.codegen.to_program_cache = tinygrad.engine.realize.to_program_cache = \
+    Kept("ddpm_programs", without_code, with_code)
