@@ -1,12 +1,14 @@
-# make train [DATASET=mnist] [ARGS="--steps 20000"]    make sample [ARGS="--n 64"]    make evaluate    make test    make gallery
+# make train [DATASET=mnist] [ARGS="--steps 20000"]    make sample [ARGS="--n 64"]    make evaluate    make gallery
+# make test [ARGS="-k eq7"]    make lint
 # The first of them sets everything up: a virtual environment, the pinned packages and, if tinygrad needs one, a compiler.
 DATASET ?= glyphs
 ARGS ?=
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python3.14; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY = .venv/bin/python
+INSTALL = $(PY) -m pip install -qq --disable-pip-version-check -r
 
-.PHONY: train sample evaluate bench test table2 gallery setup clean
+.PHONY: train sample evaluate bench test lint table2 gallery setup clean
 train: setup
 	@$(PY) train.py --dataset $(DATASET) $(ARGS)
 sample: setup
@@ -16,7 +18,9 @@ evaluate: setup
 bench: setup
 	@$(PY) bench.py $(ARGS)
 test: setup .venv/pytest
-	@$(PY) -m pytest -q --durations=10 test_ddpm.py $(ARGS)
+	@POCL_EXTRA_BUILD_FLAGS=-w $(PY) -m pytest -q $(ARGS)
+lint: .venv/pytest
+	@$(PY) -m ruff check && $(PY) -m mypy .
 
 # Table 2 of the paper on a small budget: what is predicted, with which variance and loss (see README.md)
 table2: setup
@@ -37,21 +41,22 @@ gallery: setup
 	@$(DRAW) --steps $(STEPS) --interpolate 500 --n 4 --out assets/interpolation.png
 	@$(DRAW) --sampler ddim --steps $$(($(STEPS)/10)) --classes --guidance 2 --out assets/classes.png
 	@$(PY) evaluate.py --checkpoint $(CHECKPOINT) --n 64 --samples-t 200 --rate-distortion assets/rate-distortion.csv
-	@$(PY) -c 'import pathlib, sys, train; train.draw_curve("assets/loss.png", train.read_log(pathlib.Path(sys.argv[1]), 10**9))' $(CHECKPOINT:.safetensors=.jsonl)
+	@$(PY) -c 'import json, sys; from files import pictures; log = [json.loads(line) for line in open(sys.argv[1])]; \
+	  pictures.loss_curve("assets/loss.png", *([e[k] for e in log] for k in ("step", "loss", "smooth")))' $(CHECKPOINT:.safetensors=.jsonl)
 	@rm -f assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
 
 setup: .venv/ready
-	@$(PY) -c 'import sys, unet; sys.exit(unet.device().startswith("CPU") and unet.outdated_clang())' 2>/dev/null || sh ./setup.sh $(PY)
+	@sh ./setup.sh $(PY)
 
 .venv/ready: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: apt-get install python3 python3-venv; macOS: brew install python)" >&2; exit 1; }
 	@echo "setting up .venv with $$($(PYTHON) --version)" >&2
-	@$(PYTHON) -m venv .venv && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PYTHON) -m venv .venv && $(INSTALL) requirements.txt
 	@touch $@
 
-.venv/pytest: requirements-test.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+.venv/pytest: .venv/ready requirements-test.txt
+	@$(INSTALL) requirements-test.txt
 	@touch $@
 
 clean:
-	rm -rf .venv __pycache__ .pytest_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache __pycache__ */__pycache__

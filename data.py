@@ -129,20 +129,20 @@ def mnist(name:str, split:str, data_dir:str|os.PathLike|None) -> tuple[np.ndarra
   part = {"train": "train", "test": "t10k"}[split]
   wanted = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
   for folder in places(name, data_dir):
-    found = [path for file in wanted for path in (folder / file, folder / f"{file}.gz") if path.is_file()]
-    if len(found) == 2: break
-  else: found = [download(name, f"{file}.gz") for file in wanted]
-  images, labels = read_idx(found[0], 3), read_idx(found[1], 1)
+    pair = [folder / (file if os.path.isfile(folder / file) else f"{file}.gz") for file in wanted]
+    if all(map(os.path.isfile, pair)): break
+  else: pair = [download(name, f"{file}.gz") for file in wanted]
+  images, labels = read_idx(pair[0], 3), read_idx(pair[1], 1)
   if len(images) != len(labels):
-    raise ValueError(f"{found[0]} holds {len(images)} images but {found[1]} {len(labels)} labels: fetch both again")
-  if labels.max() > 9: raise ValueError(f"{found[1]} holds the label {labels.max()}, not 0 to 9: fetch it again")
+    raise ValueError(f"{pair[0]} holds {len(images)} images but {pair[1]} {len(labels)} labels: fetch both again")
+  if labels.max() > 9: raise ValueError(f"{pair[1]} holds the label {labels.max()}, not 0 to 9: fetch it again")
   return images[:, None], labels.astype(np.int32)
 
 def read_idx(path:Path, ndim:int) -> np.ndarray:
   """The array of an IDX file of bytes with `ndim` dimensions; ValueError unless every byte is where it should be."""
   try:
     with open(path, "rb") as raw:
-      f = gzip.GzipFile(fileobj=raw, mode="rb") if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+      f:gzip.GzipFile|io.BufferedReader = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
       head = f.read(4 + 4 * ndim)
       if len(head) < 4 + 4 * ndim or head[:4] != bytes((0, 0, 8, ndim)):
         raise ValueError(f"{path} is not an IDX file of bytes in {ndim} dimensions: fetch it again")
@@ -170,11 +170,10 @@ def cifar_binary(source:Path, batches:list[str]) -> tuple[np.ndarray, np.ndarray
   """Files of records, at most 10,000 in each: a label byte and 3 x 32 x 32 pixels."""
   try:
     with contextlib.ExitStack() as stack:
-      if source.is_dir(): files = [stack.enter_context(open(source / file, "rb")) for file in batches]
-      else:
-        archive = stack.enter_context(tarfile.open(source, "r:gz"))
-        files = [archive.extractfile(f"cifar-10-batches-bin/{file}") for file in batches]
-      blobs = [f.read(30_730_001) for f in files]  # a byte more than 10,000 records, which shows any longer file
+      archive = None if source.is_dir() else stack.enter_context(tarfile.open(source, "r:gz"))
+      files = [archive.extractfile(f"cifar-10-batches-bin/{file}") if archive else
+               stack.enter_context(open(source / file, "rb")) for file in batches]
+      blobs = [f.read(30_730_001) if f else b"" for f in files]  # one byte too many shows a longer file
   except Exception as e:  # a damaged archive raises nearly anything
     raise ValueError(f"{source} cannot be read ({e}): fetch it again") from e
   for file, blob in zip(batches, blobs):
@@ -200,7 +199,8 @@ def cifar_jpegs(source:Path) -> tuple[np.ndarray, np.ndarray]:
                if entry.filename.lower().endswith(EXTENSIONS)]
     if {c for c, _, _ in found} != set(CIFAR10_CLASSES):
       raise ValueError(f"{source} should hold ten folders of images, {', '.join(CIFAR10_CLASSES)}")
-    return read_images([(CIFAR10_CLASSES.index(c), *rest) for c, *rest in found], source, size=32, channels=3)
+    items:list[Item] = [(CIFAR10_CLASSES.index(c), shown, opener) for c, shown, opener in found]
+    return read_images(items, source, size=32, channels=3)
 
 def unzip(archive:zipfile.ZipFile, entry:zipfile.ZipInfo) -> IO:
   if entry.file_size > LIMIT: raise ValueError("too large")
@@ -332,3 +332,14 @@ def to_uint8(x:np.ndarray) -> np.ndarray:
   x = np.asarray(x, np.float64)
   if np.isnan(x).any(): raise ValueError("the images hold NaN: the model or the sampler has diverged")
   return np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+def levels(x) -> np.ndarray:
+  """Images as uint8 (n, C, H, W), from those or from their levels k / 127.5 - 1, an array or a Tensor.
+
+  ValueError for anything else."""
+  x = np.asarray(x.numpy() if hasattr(x, "numpy") else x)
+  if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x0 must be images (n, C, H, W), not of shape {x.shape}")
+  if x.dtype == np.uint8: return x
+  k = to_uint8(x)
+  if np.abs(scaled(k) - x).max() > 1e-3: raise ValueError("x0 must lie on the 256 levels k/127.5 - 1 of uint8 images")
+  return k

@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 Time = int|Sequence[int]|np.ndarray|Tensor
-Model = Callable[[Tensor, Tensor], Tensor]
+Model = Callable[..., Tensor]  # model(x_t, t)
 
 def make_beta(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
   """β_1 .. β_T, Section 4: variances of the forward steps, float64 (T+1,) with β_0 = 0. "linear" is the paper's."""

@@ -1,16 +1,28 @@
 #!/bin/sh
-# Called by make where tinygrad found no device, or only the CPU with an old compiler: gets clang where that works without asking.
+# Called by make before a program runs: gets clang where tinygrad needs it and that works without asking.
 py=$1
-check() {
-  "$py" -c 'import sys, unet
-try: cpu = unet.device().startswith("CPU")
-except RuntimeError as e: sys.exit(str(e))
-if cpu and unet.outdated_clang():
-  print("clang here is older than 18 and does not know this processor: everything works, but takes three times as long", file=sys.stderr)'
+check() {  # says what is wrong: 1 what clang would not mend, 2 no clang and no other device, 3 an old clang
+  PLAIN=1 "$py" -c 'if True:
+    import contextlib, io, os, sys
+    from files.device import clang, open_device
+    try: from fast.compiler import outdated_clang
+    except ImportError: outdated_clang = bool
+    try:
+      with contextlib.redirect_stderr(io.StringIO()): cpu = open_device().startswith("CPU")
+    except RuntimeError as e:
+      print(e)
+      sys.exit(1 if clang(os.environ.get("CC")) else 2)
+    if cpu and outdated_clang():
+      print("clang here is older than 18 and does not know this processor: everything works, but takes three times as long")
+      sys.exit(3)'
 }
-# a device that is wrong for another reason than the compiler
-"$py" -c 'import sys, unet; sys.exit(unet.clang() is not None and not unet.outdated_clang())' || { check; exit; }
-if [ "$(uname -s)" = Darwin ]; then check; exit; fi
+end() {
+  [ -z "$message" ] || echo "$message" >&2
+  [ "$status" = 0 ] || [ "$status" = 3 ]
+  exit
+}
+message=$(check); status=$?
+if [ $status -le 1 ] || [ "$(uname -s)" = Darwin ]; then end; fi
 
 as_root=
 [ "$(id -u)" = 0 ] || as_root="sudo -n"
@@ -24,4 +36,5 @@ elif command -v pacman >/dev/null; then quietly pacman -S --noconfirm clang
 elif command -v apk >/dev/null; then quietly apk add -q clang
 elif command -v zypper >/dev/null; then quietly zypper -n install clang
 fi
-check
+message=$(check); status=$?
+end

@@ -1,36 +1,27 @@
-"""Tests by independent calculation: closed forms, float64, numerical integration, brute force;
-never the code's own output.
+"""The paper's mathematics by independent calculation: closed forms, float64, numerical integration, brute force; never
+the code's own output. In the paper's order: schedules, q and its posterior, p_θ, losses and the bound, samplers.
 
-  make test                         all of them
-  .venv/bin/python -m pytest -q test_ddpm.py -k ddpm      one section: ddpm, unet, data, train, sample or evaluate
+  make test                   these and those of tests/, which are no mathematics
+  make test ARGS="-k eq7"     those with eq7 in their name
 """
-import contextlib, ctypes, functools, gzip, hashlib, http.server, inspect, io, json, math, os, pathlib, re, signal, stat
-import subprocess, sys, tarfile, threading, time, tracemalloc, types, zipfile, zlib
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import math, types
 import numpy as np
 import pytest
-from PIL import Image
-import unet  # before the others, because it tells tinygrad how to compile
-import data, evaluate, sample, train
+from common import close, f32, rng
 from ddpm import DDPM, column, discretized_log_likelihood, kl_normal, log_cdf
-from evaluate import auc, bound, geometric, ode_bpd, ode_log_density, rate_distortion, times, trajectory_bound
-from sample import SAMPLERS, ddim_encode, ddim_step, draw_x_T, generators, guided, normals, timesteps
-from tinygrad import Device, GlobalCounters, Tensor, TinyJit, nn
-
-close = np.testing.assert_allclose
-rng = lambda seed=0: np.random.default_rng(seed)
-f32 = lambda a: Tensor(np.asarray(a, np.float32)).realize()
-
-# ***** ddpm.py *****
+from evaluate import bound, times, trajectory_bound
+from files.streams import stream
+from sample import SAMPLERS, ddim_encode, ddim_step, draw_x_T, guided, normals, timesteps
+from tinygrad import Device, Tensor, TinyJit
 
 SCHEDULES = ("linear", "cosine", "quad", "const")
-col = lambda *v: f32(np.array(v, np.float64).reshape(-1, 1, 1, 1))
-at_times = lambda *t: Tensor(np.array(t, np.int32))
-num = lambda x: x.numpy().astype(np.float64)
-vec = lambda x: num(x).ravel()
-integrate = lambda y, x: ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum()
-const = lambda a: lambda x_t, t: f32(a)  # a model that returns a
+def col(*v): return f32(np.array(v, np.float64).reshape(-1, 1, 1, 1))
+def at_times(*t): return Tensor(np.array(t, np.int32))
+def num(x): return x.numpy().astype(np.float64)
+def vec(x): return num(x).ravel()
+def integrate(y, x): return ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum()
+def const(a): return lambda x_t, t: f32(a)  # a model that returns a
+def scaled(k): return k / 127.5 - 1
 
 def products(d, t, s):
   """Float64 without a ratio or a logarithm: √α_{t|s}, β_{t|s}, with 1 − α₁…αₙ summed as β₁ + α₁β₂ + α₁α₂β₃ + …"""
@@ -76,7 +67,7 @@ def test_other_schedules():
 def test_short_chains_work(schedule):
   for T in (1, 2, 3, 10):
     d = DDPM(T, schedule=schedule)
-    assert len(d.beta) == T + 1 and (0 < d.beta[1:]).all() and (d.beta[1:] < 1).all()
+    assert len(d.beta) == T + 1 and (d.beta[1:] > 0).all() and (d.beta[1:] < 1).all()
     a = d.alpha_bar[-1]
     assert vec(d.q_sample(col(1, 0), T, col(0, 1))) == pytest.approx([math.sqrt(a), math.sqrt(1 - a)], rel=1e-5)
   d, x = DDPM(1, schedule=schedule), f32(rng().standard_normal((2, 1, 2, 2)))
@@ -196,6 +187,25 @@ def test_every_predict_mode_gives_the_same_reverse_step():
     close(got, np.stack([mean, jump, x0, -0.03 * eps / np.sqrt(1 - a)]), atol=3e-5)
     assert d[p].loss_simple(model, f32(x0), at_times(*t), f32(eps)).item() < 1e-12
 
+@pytest.mark.parametrize("clip", (True, False))
+def test_mu_is_the_mean_of_p_itself(clip):
+  """Table 2: only the x̂_0 derived from the model's μ is clipped, and only a longer jump goes by it."""
+  ten, t, s = lambda x, t: x * 0 + 10, np.array([1, 2, 500, 500, 1000, 9]), np.array([0, 1, 499, 300, 999, 0])
+  d, x = DDPM(predict="mu"), rng(13).standard_normal((6, 1, 2, 2))
+  (w0, wt, _), (v0, vt, _) = weights(d, t, t - 1), weights(d, t, s)
+  x0_hat = (10 - wt * x) / w0
+  if clip: x0_hat = x0_hat.clip(-1, 1)
+  for before in (None, at_times(*s)):
+    mean, var, got = d.p_mean_var(ten, f32(x), at_times(*t), before, clip)
+    jump = np.zeros(6, bool) if before is None else s < t - 1
+    assert (num(mean)[~jump] == 10).all()
+    close(num(mean)[jump], (v0 * x0_hat + vt * x)[jump], rtol=1e-4, atol=1e-5)
+    close(got.numpy(), x0_hat, rtol=1e-4, atol=1e-5)
+    z = f32(np.ones(x.shape))
+    noise = np.sqrt(num(var)) * (t > 1 if before is None else s > 0).reshape(-1, 1, 1, 1)
+    close(d.p_sample(ten, f32(x), at_times(*t), z, before, clip).numpy(), num(mean) + noise, rtol=1e-5)
+  assert (d.p_mean_var(ten, f32(x), 500, 499, clip)[0].numpy() == 10).all()
+
 def test_p_sample():
   d, r = DDPM(), rng(4)
   x_t, z = f32(r.standard_normal((3, 1, 2, 2))), f32(r.standard_normal((3, 1, 2, 2)))
@@ -268,12 +278,12 @@ def test_loss_simple():
 
 def bin_mass(k, mean, sigma):
   """Eq. 13 by math.erfc in float64, each bin taken on the side where nothing cancels."""
-  x, phi = k / 127.5 - 1, lambda z: 0.5 * math.erfc(-z / math.sqrt(2))
+  x, phi = scaled(k), lambda z: 0.5 * math.erfc(-z / math.sqrt(2))
   lo = -math.inf if k == 0 else (x - 1/255 - mean) / sigma
   hi = math.inf if k == 255 else (x + 1/255 - mean) / sigma
   return phi(-lo) - phi(-hi) if lo > 0 else phi(hi) - phi(lo)
 
-levels = f32((np.arange(256) / 127.5 - 1).reshape(256, 1, 1, 1))
+levels = f32(scaled(np.arange(256)).reshape(256, 1, 1, 1))
 
 def test_eq13_against_numerical_integration():
   def integral(k, mean, sigma):
@@ -331,36 +341,46 @@ def test_kl_normal():
   got = vec(kl_normal(col(*ratio) * 0 + 0.1, col(*ratio), 0.1, 1.0))
   close(got, (ratio - 1.0 - np.log(ratio.astype(np.float64))) / 2, rtol=3e-4)
 
+def exact_prior(d, x0):
+  """L_T = KL(N(√ᾱ x₀, 1−ᾱ) || N(0, 1)) of each image in float64, bits/dim."""
+  a = d.alpha_bar[-1]
+  return 0.5 * (a * x0**2 - a - np.log1p(-a)).mean((1, 2, 3)) / math.log(2)
+
+def exact_term(d, x0, t, eps, model, clip=True):
+  """Eq. 5's term of one image at one time in float64: .L bits/dim, p_θ's .mean and .var, .x0_hat and the .eps_hat that
+  belongs to x̂_0 before clipping."""
+  (a, b), (w0, wt, var_q) = products(d, t, 0), posterior(d, t, t - 1)
+  x_t = a * x0 + math.sqrt(b) * eps
+  out = model(x_t)
+  free = {"eps": (x_t - math.sqrt(b) * out) / a, "x0": out, "mu": (out - wt * x_t) / w0}[d.predict]
+  x0_hat = free.clip(-1, 1) if clip else free
+  mean_q, mean = w0 * x0 + wt * x_t, out if d.predict == "mu" else w0 * x0_hat + wt * x_t
+  var = d.beta[t] if d.sigma == "beta" else var_q
+  if t == 1:
+    var = d.beta_tilde[2] if d.T > 1 else d.beta[1]
+    nats = -np.log(np.vectorize(bin_mass)(np.rint((x0 + 1) * 127.5), mean, math.sqrt(var)))
+  else: nats = math.log(var / var_q) / 2 + (var_q + (mean_q - mean) ** 2) / (2 * var) - 0.5
+  return types.SimpleNamespace(L=nats.mean() / math.log(2), mean=mean, var=var, x0_hat=x0_hat,
+                               eps_hat=(x_t - a * free) / math.sqrt(b))
+
 def test_prior_kl():
   x0 = rng(10).uniform(-1, 1, (3, 2, 4, 4))
-  d = DDPM()
-  assert d.prior_kl(f32(x0)).shape == (3,) and (num(d.prior_kl(f32(x0))) < 1e-4).all()
+  assert (num(DDPM().prior_kl(f32(x0))) < 1e-4).all()
   for d in (DDPM(), DDPM(30, 1e-3, 0.1)):
-    a = d.alpha_bar[-1]
-    nats = 0.5 * (a * x0**2 - a - np.log1p(-a))          # KL(N(√ᾱ x₀, 1−ᾱ) || N(0, 1))
-    assert num(d.prior_kl(f32(x0))) == pytest.approx(nats.mean((1, 2, 3)) / math.log(2), rel=1e-3)
+    assert num(d.prior_kl(f32(x0))) == pytest.approx(exact_prior(d, x0), rel=1e-3)
 
-@pytest.mark.parametrize("sigma,T", [("beta", 1000), ("beta_tilde", 1000), ("beta", 1)])
-def test_vlb_term(sigma, T):
-  d, r = DDPM(T, sigma=sigma), rng(11)
+@pytest.mark.parametrize("sigma,T,predict", [("beta", 1000, "eps"), ("beta_tilde", 1000, "eps"), ("beta", 1, "eps"),
+                                             ("beta", 1000, "mu")])
+def test_vlb_term(sigma, T, predict):
+  d, r = DDPM(T, sigma=sigma, predict=predict), rng(11)
   t = np.array([1, 2, 3, 50, 400, 999, 1000, 1]).clip(1, T)   # t = 1 and t > 1 in one batch
   k, eps = r.integers(0, 256, (8, 2, 2, 2)), r.standard_normal((8, 2, 2, 2))
   k[7, 0, 0] = 0, 255                                         # both edge bins at t = 1
-  x0, out = k / 127.5 - 1, eps + 0.3 * r.standard_normal((8, 2, 2, 2))
+  x0, out = scaled(k), eps + 0.3 * r.standard_normal((8, 2, 2, 2))
+  if predict == "mu": out = 1.01 * x0 + 0.01 * out            # outside [-1, 1] as well
   for clip in (True, False) if (sigma, T) == ("beta", 1000) else (True,):
-    got, want = num(d.vlb_term(const(out), f32(x0), at_times(*t), f32(eps), clip=clip)), []
-    for i in range(8):
-      (a, b), (w0, wt, var_q) = products(d, t[i], 0), posterior(d, t[i], t[i] - 1)
-      x_t = a * x0[i] + math.sqrt(b) * eps[i]
-      x0_hat = (x_t - math.sqrt(b) * out[i]) / a
-      if clip: x0_hat = x0_hat.clip(-1, 1)
-      mean_q, mean_p = w0 * x0[i] + wt * x_t, w0 * x0_hat + wt * x_t
-      var_p = d.beta[t[i]] if sigma == "beta" else var_q
-      if t[i] == 1:
-        std = math.sqrt(d.beta_tilde[2] if T > 1 else d.beta[1])
-        nats = np.array([-math.log(bin_mass(*a, std)) for a in zip(k[i].ravel(), mean_p.ravel())])
-      else: nats = math.log(var_p / var_q) / 2 + (var_q + (mean_q - mean_p) ** 2) / (2 * var_p) - 0.5
-      want.append(nats.mean() / math.log(2))
+    got = num(d.vlb_term(const(out), f32(x0), at_times(*t), f32(eps), clip=clip))
+    want = [exact_term(d, x0[i], t[i], eps[i], lambda x_t, i=i: out[i], clip).L for i in range(8)]
     assert got.shape == (8,)
     close(got, want, rtol=2e-3, atol=2e-7)
 
@@ -390,40 +410,376 @@ def test_sharded_equals_single_device():
   want = DDPM().p_sample(model, f32(x), at_times(1, 600), f32(z)).numpy()
   close(DDPM().p_sample(model, two(x), at_times(1, 600), two(z)).numpy(), want, rtol=1e-6)
 
-# *** words ***
+# *** the bound of a whole image: Eq. 5 and Eq. 3 ***
 
-@pytest.mark.parametrize("name,number", [
-  ("q_step", "Eq. 2"), ("q_sample", "Eq. 4"), ("q_posterior", "Eq. 6-7"), ("predict_x0", "Eq. 15"),
-  ("predict_eps", "Eq. 4"), ("p_mean_var", "Eq. 1,"), ("p_mean_var", "Eq. 11"), ("p_sample", "Algorithm 2, line 4"),
-  ("loss_simple", "Eq. 14"), ("vlb_term", "Eq. 5"), ("vlb_term", "Eq. 13"), ("prior_kl", "Eq. 5"),
-  ("score", "Section 3.2")])
-def test_docstrings_begin_with_the_number(name, number):
-  assert number in getattr(DDPM, name).__doc__.split("\n")[0]
+def table(values):
+  """A table of T+1 numbers for a model: t (B,) -> (B, 1, 1, 1)."""
+  row = f32(values)
+  return lambda t: row[t].reshape(-1, 1, 1, 1)
 
-def test_docstrings_of_functions():
-  assert "Eq. 13" in discretized_log_likelihood.__doc__.split("\n")[0] and "Eq. 5" in kl_normal.__doc__.split("\n")[0]
+def gaussian_model(d, m, s, factor=1.0):
+  """The exact eps for data N(m, s²): E[ε | xₜ] = √(1−ᾱ) (xₜ − √ᾱ m) / (ᾱ s² + 1−ᾱ); times `factor`, a wrong one."""
+  ab = d.alpha_bar
+  weight, mean = table(factor * np.sqrt(1 - ab) / (ab * s * s + 1 - ab)), table(np.sqrt(ab) * m)
+  return lambda x, t: weight(t) * (x - mean(t))
 
-@pytest.mark.parametrize("bad,word", [
-  (dict(T=0), "0"), (dict(T=-5), "-5"), (dict(T=2.5), "2.5"), (dict(T=20000), "alpha_bar_T"), (dict(beta_1=0), "0"),
-  (dict(beta_1=-1e-4), "-0.0001"), (dict(beta_T=1.0), "1"), (dict(beta_T=math.nan), "nan"),
-  (dict(beta_1=math.inf), "inf"), (dict(beta_1=0.03), "0.03 > 0.02"), (dict(schedule="line"), "'line'"),
-  (dict(sigma="learned"), "'learned'"), (dict(predict="v"), "'v'")])
-def test_bad_settings(bad, word):
-  with pytest.raises(ValueError, match=word): DDPM(**bad)
+def gaussian_images(n, m, s, shape):
+  """Images uint8 (n, C, H, W) of N(m, s²), and the exact −log of their probability, bits/dim (n,)."""
+  k = np.rint((rng(1).normal(m, s, (n, *shape)).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+  return k, -np.log2([bin_mass(i, m, s) for i in range(256)])[k].mean((1, 2, 3))
 
-x, wrong = f32(np.zeros((2, 1, 2, 2))), f32(np.zeros((2, 3, 2, 2)))
-same, bad_model = lambda x, t: x, lambda x, t: wrong
+def some_images(n, shape=(1, 4, 4)): return rng().integers(0, 256, (n, *shape)).astype(np.uint8)
 
-@pytest.mark.parametrize("name,args", [
-  ("q_step", (x, 0, x)), ("q_sample", (x, 1001, x)), ("q_sample", (x, 1.5, x)), ("q_sample", (x, at_times(1), x)),
-  ("q_sample", (x, [1, 2, 3], x)), ("q_sample", (x, f32([1, 2]), x)), ("q_posterior", (x, x, 5, 5)),
-  ("q_posterior", (x, x, 5, 6)), ("q_posterior", (x, x, 5, -1)), ("p_sample", (same, x, [5, 9], x, 7)),
-  ("q_step", (x, 5, wrong)), ("q_sample", (x, 5, wrong)),
-  ("q_posterior", (wrong, x, 5)), ("p_sample", (same, x, 5, wrong)), ("p_sample", (bad_model, x, 5, x)),
-  ("loss_simple", (bad_model, x, 5, x)), ("score", (bad_model, x, 5)), ("predict_eps", (x, 5, wrong))])
-def test_bad_arguments(name, args):
-  with pytest.raises(ValueError, match="time|below|shapes"): getattr(DDPM(), name)(*args)
+def the_noise(seed, i, t, shape):
+  return stream(seed, "noise of the bound", i, t).standard_normal(shape, np.float32).astype(np.float64)
 
-def test_bad_shape_in_eq13():
-  with pytest.raises(ValueError, match="shapes"): discretized_log_likelihood(x, wrong, 0.1)
+@pytest.mark.parametrize("sigma, predict, clip", [("beta", "eps", True), ("beta_tilde", "mu", False),
+                                                  ("beta", "x0", True)])
+def test_eq5_term_by_term(sigma, predict, clip):
+  d, k, seed = DDPM(7, 1e-3, 0.3, sigma=sigma, predict=predict), some_images(5, (3, 2, 4)), 11
+  labels = np.array([3, 0, 1, 2, 2], np.int64) if clip else None
+  def model(x, t, y=None): return 0.7 * x + 0.1 * x.sin() + 0.02 * (t if y is None else t + y).reshape(-1, 1, 1, 1)
+  b = bound(d, model, k, seed, clip=clip, batch=4, labels=labels)
+  assert b["t"].tolist() == [[1, 2, 3, 4, 5, 6, 7]] * 5 and b["weight"].tolist() == [1] * 7
+  for i, x0 in enumerate(scaled(k)):
+    for t in range(1, 8):
+      eps, known = the_noise(seed, i, t, x0.shape), 0.02 * (t + (labels[i] if clip else 0))
+      want = exact_term(d, x0, t, eps, lambda x, known=known: 0.7 * x + 0.1 * np.sin(x) + known, clip)
+      errors = ((eps - want.eps_hat)**2).mean(), ((x0 - want.x0_hat)**2).mean()
+      close([b[name][i, t-1] for name in ("L", "mse_eps", "mse_x0")], [want.L, *errors], rtol=2e-4)
+  close(b["L_T"], exact_prior(d, scaled(k)), rtol=1e-4)
+  close(b["total"], b["L_T"] + b["L"].sum(1), rtol=1e-6)
 
+def test_eq5_nears_the_closed_form_as_T_grows_and_stays_above():
+  """Data N(0.1, 0.25²) on the 256 levels, exact eps: −log p is known. The paper's betas, times 1000/T."""
+  (k, nll), gap = gaussian_images(200, 0.1, 0.25, (1, 16, 16)), {}
+  for T in (20, 4000):
+    d = DDPM(T, 0.1 / T, min(20 / T, 0.95))
+    b = bound(d, gaussian_model(d, 0.1, 0.25), k, samples_t=min(40, T - 1), batch=2048)
+    above = b["total"] - nll
+    gap[T] = above.mean() / nll.mean()
+    assert above.mean() > -3 * above.std() / math.sqrt(200)
+  assert gap[4000] < 0.01 < gap[20]
+
+@pytest.mark.parametrize("T, M", [(30, 7), (30, 1), (30, 29), (2, 1), (1000, 20)])
+def test_strata_are_unbiased(T, M):
+  t, weight = times(T, 4000, 5, samples_t=M)
+  assert t.shape == (4000, M + 1) and (t[:, 0] == 1).all() and weight[0] == 1 and weight.sum() == T
+  assert len(np.unique(t[:, 1:])) > 0.98 * (T - 1)            # every time may come
+  f = rng(3).random(T + 1) / np.arange(1, T + 2)
+  estimate = f[t] @ weight
+  assert abs(estimate.mean() - f[1:].sum()) <= 4 * estimate.std() / math.sqrt(4000) + 1e-12
+  for drawn, size in zip(t.T[1:], weight[1:]):               # a stratum: `size` neighbours, equally often
+    values, counts = np.unique(drawn, return_counts=True)
+    assert len(values) <= size and values[-1] - values[0] < size
+    assert abs(counts - 4000 / size).max() < 5 * math.sqrt(4000 / size) + 1
+
+def test_eq3_along_a_trajectory():
+  d, k, seed, T = DDPM(5, 0.01, 0.5), some_images(3), 4, 5
+  eq3, sampled, kl = trajectory_bound(d, lambda x, t: 0.6 * x, k, seed, batch=2, clip=False)
+  def log_normal(x, m, v): return (-((x - m)**2 / v + math.log(2 * math.pi * v)) / 2).mean() / math.log(2)
+  for i, x0 in enumerate(scaled(k)):
+    x, ratio, terms = x0, 0.0, []
+    for t in range(1, T + 1):
+      x_t = math.sqrt(d.alpha[t]) * x + math.sqrt(d.beta[t]) * the_noise(seed, i, t, x0.shape)
+      a, b = products(d, t, 0)
+      p = exact_term(d, x0, t, (x_t - a * x0) / math.sqrt(b), lambda x_t: 0.6 * x_t, clip=False)
+      log_p = -p.L if t == 1 else log_normal(x, p.mean, p.var)
+      ratio += log_p - log_normal(x_t, math.sqrt(d.alpha[t]) * x, d.beta[t])
+      terms.append(p.L)
+      x = x_t
+    close(eq3[i], -ratio - log_normal(x, 0, 1), rtol=1e-4)  # −log p(x_T) − Σ log p/q
+    close(kl[i], [*terms, *exact_prior(d, x0[None])], rtol=1e-3)
+  close(sampled.sum(1), eq3, rtol=1e-4)                     # Bayes: the same number, path by path
+  close(sampled[:, 0], kl[:, 0])
+
+def test_eq3_and_eq5_agree_and_the_variance_falls():
+  d, k = DDPM(10, 0.01, 0.9), gaussian_images(1, 0.1, 0.25, (1, 4, 4))[0].repeat(3000, 0)
+  for factor in (1.0, 0.8):
+    eq3, sampled, kl = trajectory_bound(d, gaussian_model(d, 0.1, 0.25, factor), k, batch=3000, clip=False)
+    difference = eq3 - kl.sum(1)
+    assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(3000) < 0.1
+    spread = np.abs((sampled - kl)[:, 1:].mean(0)) / ((sampled - kl)[:, 1:].std(0) / math.sqrt(3000))
+    assert (spread < 4.5).all()                            # each draw's mean is its KL
+    assert (kl.var(0)[1:] < sampled.var(0)[1:] / 5).all()  # and its variance falls, at every t
+    assert sampled.var(0).sum() > 2 * kl.var(0).sum()
+
+# *** the samplers ***
+
+T, MODE, SD = 200, 0.6, 0.1
+def at(t, n): return Tensor(np.full(n, t, np.int32)).realize()
+def short(T=T, **options): return DDPM(T, 0.1 / T, min(0.7, 20 / T), **options)  # the paper's schedule in fewer steps
+
+def exact(d, mode=MODE, sd=SD):
+  """The exact ε of data that are ±mode in every pixel, with noise sd: −√(1−ᾱ) times the score of their mixture."""
+  alpha_bar = f32(d.alpha_bar)
+  def model(x, t):
+    a = column(alpha_bar[t], x)
+    var, m = a * sd**2 + 1 - a, a.sqrt() * mode
+    return (1 - a).sqrt() * (x - m * (x * m / var).tanh()) / var
+  return model
+
+def exact64(d, x, t):
+  """The same in float64, for one t."""
+  a = d.alpha_bar[t]
+  var, m = a * SD**2 + 1 - a, math.sqrt(a) * MODE
+  return math.sqrt(1 - a) * (x - m * np.tanh(x * m / var)) / var
+
+def last(visits):
+  *_, (t, x, _) = visits
+  assert t == 0
+  return x.numpy()
+
+def everywhere(test):
+  """For the samplers with all that they do: ddim with and without noise."""
+  return pytest.mark.parametrize("name, options", [
+    ("ddpm", {}), ("ddim", {}), ("ddim", {"eta": 1.0}), ("sde", {}), ("pc", {}), ("ode", {}), ("langevin", {"inner": 2})])(test)
+
+# *** the samplers: times and noise ***
+
+@pytest.mark.parametrize("spacing", ("linear", "quadratic"))
+def test_timesteps_run_from_T_to_0(spacing):
+  for T in (1, 2, 3, 50, 1000):
+    for steps in range(1, T + 1) if T < 1000 else (1, 2, 10, 31, 32, 33, 500, 999, 1000):
+      times = timesteps(T, steps, spacing)
+      assert len(times) == steps + 1 and times[0] == T and times[-1] == 0 and (np.diff(times) < 0).all()
+  assert timesteps(1000, 4, spacing) == ([1000, 750, 500, 250, 0] if spacing == "linear" else [1000, 562, 250, 62, 0])
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_refuse_at_the_call(name):
+  d, x = short(10), f32(np.zeros((2, 1, 1, 1)))
+  for steps in (0, -1, 11, [11, 5, 0], [5], [5, 5, 0], [0, 5], [5, -1], []):
+    with pytest.raises(ValueError): SAMPLERS[name](d, None, x, steps)
+  wrong = {"ddim": {"eta": (-0.1, 1.1, math.nan)}, "pc": {"snr": (0, -1, math.nan)},
+           "langevin": {"inner": (0,), "r": (0, 1, math.nan)}}.get(name, {})
+  for option, values in {"seed": (-1,), "first": ([1, 2, 3],), **wrong}.items():
+    for value in values:
+      with pytest.raises(ValueError): SAMPLERS[name](d, None, x, 5, **{option: value})
+  with pytest.raises(ValueError): timesteps(10, 5, "cubic")
+
+def test_noise_is_independent_of_x_T_of_other_steps_and_of_other_images():
+  d, n, shape = short(10, predict="x0"), 400, (1, 8, 8)
+  ratio = d.beta_tilde[1:] / d.beta[1:]
+  x_T = draw_x_T(n, shape, 7)
+  xs = [x_T.numpy()] + [x.numpy() for _, x, _ in SAMPLERS["ddpm"](d, lambda x, t: x * 0 + column(t, x) * 0, x_T, 10, 7)]
+  z = [(x_s - math.sqrt(d.alpha[t]) * ratio[t - 1] * x_t) / math.sqrt(d.beta[t])  # Algorithm 2 with x̂_0 = 0, for z
+       for t, x_t, x_s in zip(range(10, 1, -1), xs, xs[1:])]
+  draws = [xs[0], *z[:3], np.roll(z[0], 1, 0), np.roll(xs[0], 1, 0), draw_x_T(n, shape, 8).numpy(),
+           normals([stream(7, "latents", i) for i in range(n)], shape)]
+  corr = np.corrcoef([a.ravel() for a in draws])
+  assert np.abs(corr - np.eye(len(draws))).max() < 5 / math.sqrt(n * 64)
+  for a in draws: assert abs(a.mean()) < 5 / math.sqrt(n * 64) and abs(a.std() - 1) < 5 / math.sqrt(2 * n * 64)
+
+@everywhere
+def test_image_i_is_the_same_bytes_in_any_batch(name, options):
+  d, jits = short(12), {}
+  model, x_T = exact(d), draw_x_T(8, (2, 3, 3), 3)
+  def run(x, seed=3, **kw): return last(SAMPLERS[name](d, model, x, 6, seed=seed, jits=jits, **kw, **options)).tobytes()
+  assert draw_x_T(5, (2, 3, 3), 3, first=3).numpy().tobytes() == x_T.numpy()[3:].tobytes()
+  whole = run(x_T)
+  assert run(x_T[:3]) + run(x_T[3:], first=3) == whole == run(x_T.numpy())
+  assert run(x_T[:3], first=np.arange(3)) == run(x_T[:3])
+  if name != "ode" and (name, options) != ("ddim", {}):
+    assert run(x_T, first=1) != whole
+    assert run(x_T, seed=4) != whole
+
+# *** the samplers: what holds for each ***
+
+@everywhere
+def test_data_are_recovered(name, options):
+  d = short(sigma="beta_tilde")
+  steps = T // 4 if name == "langevin" else T                # five evaluations each
+  x = last(SAMPLERS[name](d, exact(d), draw_x_T(1024, (1, 2, 4), 0), steps,
+                          **({} if options == {"inner": 2} else options))).ravel()
+  off = np.abs(x) - MODE
+  assert abs(x.mean()) < 5 * x.std() / math.sqrt(len(x))
+  assert abs((x > 0).mean() - 0.5) < 5 * 0.5 / math.sqrt(len(x))
+  assert np.abs(x).mean() == pytest.approx(MODE, abs=0.007)
+  assert x.std() == pytest.approx(math.sqrt(MODE**2 + SD**2), rel=0.015)
+  assert off.std() == pytest.approx(SD, rel=0.25 if name == "langevin" else 0.13)
+  assert (np.abs(off) > 4 * SD).mean() < 0.003
+
+@pytest.mark.parametrize("host", (False, True))
+@everywhere
+def test_every_number_of_steps_starts_at_T_and_lands_on_x0(name, options, host):
+  T = 3 if host else 6
+  d, x_T, seen, jits = short(T, predict="x0"), draw_x_T(2, (1, 2, 2), 0), [], {}
+  def model(x, t):  # x̂_0 tells the time at which it was asked
+    seen.append(t)
+    return (Tensor(t.numpy().reshape(-1, 1, 1, 1) / np.ones(x.shape, np.float32) / T) if host
+            else x * 0 + column(t, x) / T)
+  for steps in range(1, T + 1):
+    out = list(SAMPLERS[name](d, model, x_T, steps, jits=jits, **options))
+    times = timesteps(T, steps)
+    assert [t for t, _, _ in out] == times[1:]
+    for t, (_, _, x0_hat) in zip(times, out): close(x0_hat.numpy(), t / T, rtol=1e-6)
+    assert all(x.shape == x_T.shape and np.isfinite(x.numpy()).all() for _, x, _ in out)
+    close(out[-1][1].numpy(), times[-2] / T, rtol=2e-6)      # ᾱ = 1: x_0 is x̂_0, without noise
+  assert all(t.shape == (2,) and t.dtype.name == "int" for t in seen)
+
+@everywhere
+def test_what_was_given_stays_as_it_was(name, options):
+  d, x_T = short(9), draw_x_T(3, (1, 2, 2), 0)
+  before, model = x_T.numpy().copy(), exact(d)
+  def run(): return SAMPLERS[name](d, model, x_T, 9, **options)
+  kept = [(x.numpy().copy(), x0_hat.numpy().copy()) for _, x, x0_hat in run()]
+  for (x, x0_hat), (_, x_late, x0_late) in zip(kept, list(run())):
+    assert (x == x_late.numpy()).all() and (x0_hat == x0_late.numpy()).all()
+  assert (x_T.numpy() == before).all()
+
+@pytest.mark.parametrize("name", ("ddpm", "ddim", "pc"))
+def test_a_model_may_leave_the_device_and_may_predict_anything(name):
+  n, x_T, eps_model = 4, draw_x_T(4, (1, 2, 2), 0), exact(short(4))
+  d = {p: short(n, predict=p) for p in ("eps", "x0", "mu")}
+  def x0(x, t): return d["eps"].predict_x0(x, t, eps_model(x, t))
+  def mu(x, t): return d["eps"].q_posterior(x0(x, t), x, t, t - 1)[0]
+  def host(x, t): return Tensor(eps_model(f32(x.numpy()), Tensor(t.numpy())).numpy())
+  def half_host(x, t): return x * float(t.numpy()[0]) / n     # a jit would keep the first t for ever
+  def run(d, model): return last(SAMPLERS[name](d, model, x_T, n, clip=False))
+  ours = run(d["eps"], eps_model)
+  for other in (run(d["eps"], host), run(d["x0"], x0), run(d["mu"], mu)): close(ours, other, atol=3e-5)
+  close(run(d["eps"], half_host), run(d["eps"], lambda x, t: x * column(t, x) / n), rtol=1e-5, atol=1e-6)
+
+@everywhere
+def test_clipping_is_a_switch(name, options):
+  d, x_T = short(8), draw_x_T(4, (1, 4, 4), 0)
+  for clip in (True, False):
+    out = [x0_hat.numpy() for _, _, x0_hat in SAMPLERS[name](d, exact(d, 3.0), x_T, 8, clip=clip, **options)]
+    assert (np.abs(out).max() <= 1) == clip and (np.abs(out[-1]).max() > 2) != clip
+
+def test_the_captured_step_is_kept_for_the_next_call_and_reads_new_labels():
+  d, jits, y, calls = short(8, predict="x0"), {}, at(1, 2), []
+  def net(x, t, y): return calls.append(0) or x * 0 + column(t, x) * 0 + column(y, x) / 4
+  model, x_T = guided(net, y, 1, 3), draw_x_T(2, (1, 1, 1), 0)
+  close(last(SAMPLERS["ddpm"](d, model, x_T, 8, jits=jits)), 0.25)
+  n = len(calls)
+  y.assign(at(2, 2)).realize()
+  close(last(SAMPLERS["ddpm"](d, model, x_T, 4, jits=jits)), 0.5)
+  assert len(calls) == n and len(jits) == 1
+
+@pytest.mark.parametrize("name, one, other", [
+  ("ddpm", {"clip": True}, {"clip": False}), ("ddim", {"eta": 0.2}, {"eta": 0.9}), ("pc", {"snr": 0.1}, {"snr": 0.4}),
+  ("langevin", {"r": 0.1}, {"r": 0.4})])
+def test_a_kept_step_is_not_taken_with_other_options(name, one, other):
+  d, jits, x_T = short(6), {}, draw_x_T(2, (1, 2, 2), 0)
+  model = exact(d, 1.5)
+  def run(options, **kept): return [x.tolist() for _, x, _ in SAMPLERS[name](d, model, x_T, 6, **options, **kept)]
+  assert [run(one, jits=jits), run(other, jits=jits)] == [run(one), run(other)] and run(one) != run(other)
+
+# *** the samplers: each against its equation ***
+
+def chain(d, x, times, seed, step):
+  """Algorithm 2 in float64: step(x_t, t, s, z), with the noise that image i draws in its own order."""
+  rngs = [np.random.default_rng([seed, 0x5A, 2, i]) for i in range(len(x))]
+  x = x.numpy().astype(np.float64)
+  for t, s in zip(times, times[1:]):
+    z = np.stack([r.standard_normal(x.shape[1:], np.float32) for r in rngs]) if s else 0.0
+    x = step(x, t, s, z)
+  return x
+
+@pytest.mark.parametrize("sigma", ("beta", "beta_tilde"))
+def test_ddpm_is_algorithm_2(sigma):
+  d = short(20, sigma=sigma)
+  def step(x, t, s, z):
+    a, var = d.alpha[t], d.beta[t] if sigma == "beta" else d.beta_tilde[t]
+    return (x - d.beta[t] / math.sqrt(1 - d.alpha_bar[t]) * exact64(d, x, t)) / math.sqrt(a) + math.sqrt(var) * z
+  x_T = draw_x_T(50, (1, 2, 2), 5)
+  ours = last(SAMPLERS["ddpm"](d, exact(d), x_T, 20, 5, clip=False))
+  close(ours, chain(d, x_T, range(20, -1, -1), 5, step), atol=2e-5)
+
+@pytest.mark.parametrize("steps", (20, 7))
+@pytest.mark.parametrize("clip", (True, False))
+def test_ddim_with_eta_1_is_algorithm_2(steps, clip):
+  d = short(20, sigma="beta_tilde")
+  x_T, model = draw_x_T(50, (1, 2, 2), 0), exact(d, 1.2)
+  both = [SAMPLERS[name](d, model, x_T, steps, clip=clip, **o) for name, o in (("ddpm", {}), ("ddim", {"eta": 1}))]
+  for (_, x, x0), (_, y, y0) in zip(*both, strict=True):
+    close(x.numpy(), y.numpy(), atol=3e-5)
+    close(x0.numpy(), y0.numpy(), atol=3e-5)
+
+@pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
+def test_ddim_step_is_eq_12(eta):
+  d, r = DDPM(), rng(0)
+  for t, s in ((1000, 999), (1000, 1), (1000, 0), (500, 20), (2, 1), (2, 0), (1, 0)):
+    x0, eps, z = r.standard_normal((3, 4, 1, 2, 2))
+    a, a_s = d.alpha_bar[t], d.alpha_bar[s]
+    x_t = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
+    sigma = eta * math.sqrt((1 - a_s) / (1 - a)) * math.sqrt(1 - a / a_s)         # Eq. 16
+    x_s = math.sqrt(a_s) * x0 + math.sqrt(max(0, 1 - a_s - sigma**2)) * eps + sigma * z
+    ours = ddim_step(d, f32(eps), f32(x_t), t, s, eta, f32(z))
+    close(ours.numpy(), x_s, atol=5e-5 if t == 1000 else 2e-6)                    # x̂_0 at T: 1e-7 / √ᾱ_T
+    close(ours.numpy(), ddim_step(d, f32(eps), f32(x_t), at(t, 4), at(s, 4), eta, f32(z)).numpy(), atol=1e-7)
+    if s == 0: close(ours.numpy(), x0, atol=5e-5)
+    if eta == 0 and s: close(ddim_step(d, f32(eps), f32(x_s), s, t).numpy(), x_t, atol=5e-6)
+  with pytest.raises(ValueError): ddim_step(d, f32(eps), f32(x_t), 2, 1, 0.5)
+
+def test_ddim_decodes_what_it_encoded():
+  d, r = short(100), rng(0)
+  x0 = r.choice((-MODE, MODE), (200, 1, 1, 2)) + 0.3 * r.standard_normal((200, 1, 1, 2))
+  model, errors = exact(d, MODE, 0.3), []
+  for iterations in (1, 2, 6):
+    x_T = ddim_encode(d, model, f32(x0), 100, iterations=iterations)
+    assert 0.9 < x_T.numpy().std() < 1.2
+    errors.append(np.abs(last(SAMPLERS["ddim"](d, model, x_T, 100, clip=False)) - x0).max())
+  assert 1e-3 < errors[0] < 0.1 and errors[1] < 0.01 and errors[2] < 1e-4
+
+def test_ode_is_of_second_order_and_ddim_of_first():
+  """For data N(0, 0.5²) the flow scales x with the standard deviation of q(x_t). The step to 0 is left out: Euler's."""
+  d, x_T, end = short(400), draw_x_T(8, (1, 2, 2), 1), 40
+  def sd(t): return math.sqrt(d.alpha_bar[t] * 0.5**2 + 1 - d.alpha_bar[t])
+  def error(name, steps):
+    *_, (_, x, _) = SAMPLERS[name](d, exact(d, 0.0, 0.5), x_T, np.linspace(400, end, steps + 1).astype(int), clip=False)
+    return np.abs(x.numpy() - x_T.numpy() * sd(end) / sd(400)).max()
+  ode, ddim = [[error(name, steps) for steps in (20, 40)] for name in ("ode", "ddim")]
+  assert 3.2 < ode[0] / ode[1] < 5 and 1.8 < ddim[0] / ddim[1] < 2.3 and ddim[1] > 5 * ode[1]
+
+def test_sde_is_eq_6_and_pc_adds_langevin():
+  d = short(20)
+  def reverse(x, t, s, z):
+    b, score = math.log(d.alpha_bar[s] / d.alpha_bar[t]), -exact64(d, x, t) / math.sqrt(1 - d.alpha_bar[t])
+    if s == 0: return (x + (1 - d.alpha_bar[t]) * score) / math.sqrt(d.alpha_bar[t])   # Tweedie: x̂_0
+    return x + b * (x / 2 + score) + math.sqrt(b) * z
+  def langevin(x, t, step, z):
+    return x - step * exact64(d, x, t) / math.sqrt(1 - d.alpha_bar[t]) + math.sqrt(2 * step) * z
+  def pc(x, t, s, z):
+    return langevin(x, t, 2 * d.alpha[t] * 0.1**2 * (1 - d.alpha_bar[t]), z) if s == t else reverse(x, t, s, z)
+  def annealed(x, t, s, z): return langevin(x, t, 0.3 * (1 - d.alpha_bar[t]), z) if s else reverse(x, t, s, z)
+  x_T, times, twice = draw_x_T(50, (1, 2, 2), 5), [20, 13, 5, 0], [20, 20, 13, 13, 5, 5, 0]
+  for name, options, path, step in (("sde", {}, times, reverse), ("pc", {"snr": 0.1}, twice, pc),
+                                    ("langevin", {"inner": 2, "r": 0.3}, twice, annealed)):
+    ours = last(SAMPLERS[name](d, exact(d), x_T, times, 5, clip=False, **options))
+    close(ours, chain(d, x_T, path, 5, step), atol=3e-5)
+
+def test_training_eps_is_denoising_score_matching():
+  """Vincent 2011: E‖s(x_t) + ε/√(1−ᾱ)‖² − E‖s(x_t) − ∇log q(x_t)‖² is the same for every s. Eq. 14 is the first, times
+  1−ᾱ; so the best ε_θ is −√(1−ᾱ) ∇log q(x_t), the exact model of these tests."""
+  d, t, n = short(), 40, 400
+  a = d.alpha_bar[t]
+  u = (np.arange(n) + 0.5) / n
+  grid = np.linspace(-7, 7, 20001)
+  cdf = np.cumsum(np.exp(-grid**2 / 2))
+  normal = np.interp(u, cdf / cdf[-1], grid)                  # n equally likely values of N(0, 1)
+  x0 = np.concatenate([MODE + 0.3 * normal[::2], -MODE + 0.3 * normal[1::2]])
+  x0, eps = [v.reshape(-1, 1, 1, 1) for v in np.meshgrid(x0, normal)]
+  x_t = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
+  def log_q(x):
+    var, m = a * 0.3**2 + 1 - a, math.sqrt(a) * MODE
+    return np.logaddexp(-(x - m)**2 / 2 / var, -(x + m)**2 / 2 / var)
+  truth = (log_q(x_t + 1e-5) - log_q(x_t - 1e-5)) / 2e-5
+  time, ours = at(t, n * n), exact(d, MODE, 0.3)
+  close(d.score(ours, f32(x_t), time).numpy(), truth, atol=2e-4)  # the tests' model is the gradient of a density
+  gaps, losses = [], []
+  for model in (ours, lambda x, t: x * 0.8, lambda x, t: (x * 2).sin(), lambda x, t: x * 0 + 0.5):
+    losses.append(d.loss_simple(model, f32(x0), time, f32(eps)).item() / (1 - a))
+    gaps.append(losses[-1] - ((d.score(model, f32(x_t), time).numpy() - truth)**2).mean())
+  assert min(losses[1:]) > losses[0] + 0.05
+  close(gaps, gaps[0], rtol=1e-2)
+
+def test_guidance_0_and_1_are_identities():
+  calls, t, y = [], at(5, 4), Tensor(np.array([0, 1, 2, 1], np.int32))
+  x = f32(rng(0).standard_normal((4, 1, 2, 2)))
+  def net(x, t, y): return calls.append(x.shape[0]) or x * (column(y, x) + 1) + column(t, x) + column(y, x).sin()
+  labelled, free = net(x, t, y).numpy(), net(x, t, at(3, 4)).numpy()
+  assert (guided(net, y, 1, 3)(x, t).numpy() == labelled).all() and (guided(net, y, 0, 3)(x, t).numpy() == free).all()
+  assert calls == [4] * 4                                     # one evaluation, not two
+  close(guided(net, y, 3.5, 3)(x, t).numpy(), 3.5 * labelled - 2.5 * free, rtol=1e-5)

@@ -13,7 +13,7 @@ except ImportError: quick, setup = (lambda f: f), (lambda: None)
 # *** the network ***
 
 class UNet:
-  """ε_θ(x_t, t), Appendix B. x_t (B,C,H,W), t (B,) int32 in 1..T -> as x_t. The default arguments are the CIFAR-10 network.
+  """ε_θ(x_t, t), Appendix B: x_t (B,C,H,W), t (B,) int32 in 1..T -> as x_t. The default arguments are CIFAR-10's network.
 
   channels, channel_mult: of the first level, and each level's multiple of it; a level has half the size of the one before
   num_res_blocks: residual blocks at each level, one more on the way up
@@ -22,11 +22,11 @@ class UNet:
   num_classes: 0 for no labels (the paper); else y (B,) in 0..num_classes, the last for "no class" (not in the paper)
   seed: of the initial weights. Raises ValueError, in one sentence, for sizes that do not fit each other.
   """
-  def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2), num_res_blocks:int=2,
-               attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32, norm_groups:int=32,
-               num_classes:int=0, seed:int=0):
+  def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2),
+               num_res_blocks:int=2, attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32,
+               norm_groups:int=32, num_classes:int=0, seed:int=0):
     self.config = {k: v for k, v in locals().items() if k != "self"}
-    check(**self.config)
+    check(self.config)
     setup()
     rng, emb, index = np.random.default_rng([seed, *b"weights"]), 4*channels, iter(range(10**9))
     def level(c:int, o:int, size:int) -> list:
@@ -64,8 +64,10 @@ class UNet:
     return emb.silu().contiguous()
 
   def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
-    """Dropout is on when a `seed` for it is given, uint32 (1,): the same seed drops the same numbers on every device."""
-    emb, h = self.embed(t, y), self.conv_in(x.permute(0, 2, 3, 1))
+    """Dropout is on when a `seed` for it is given, uint32 (1,): the same seed drops the same numbers on every device.
+
+    Activations and the operands of products have x's type; sums, softmax and GroupNorm are in float32 whatever it is."""
+    emb, h = self.embed(t, y).cast(x.dtype), self.conv_in(x.permute(0, 2, 3, 1))
     skips = [h]
     for layers in self.down:
       for layer in layers: h = layer(h, emb, seed)
@@ -82,7 +84,8 @@ class ResBlock:
   """GroupNorm, SiLU, convolution; the time's projection added; GroupNorm, SiLU, dropout, convolution; x added."""
   def __init__(self, rng:np.random.Generator, c:int, o:int, emb:int, groups:int, dropout:float, index:int):
     self.norm1, self.conv1, self.temb = GroupNorm(c, groups), Conv(rng, c, o), Dense(rng, emb, o)
-    self.norm2, self.conv2, self.dropout, self.index = GroupNorm(o, groups), Conv(rng, o, o, scale=1e-10), dropout, index
+    self.norm2, self.conv2, self.dropout = GroupNorm(o, groups), Conv(rng, o, o, scale=1e-10), dropout
+    self.index = index  # each block drops other numbers
     if c != o: self.shortcut = Conv(rng, c, o, k=1)
 
   def __call__(self, x:Tensor, emb:Tensor, seed:Tensor|None) -> Tensor:
@@ -143,30 +146,31 @@ def fan_average(rng:np.random.Generator, *shape:int, scale:float=1.) -> Tensor:
 @quick
 def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
   """x w + b: x (B,C), w (C,O), b (O,)."""
-  return x @ w + b
+  return (x @ w.cast(x.dtype) + b).cast(x.dtype)
 
 @quick
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
   """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds: x (B,H,W,C), w (k,k,C,O); adds broadcast.
 
-  A border of zeros around x keeps the size at stride 1; stride 2 halves it, with zeros at the right and the bottom only."""
+  Zeros around x keep the size at stride 1; stride 2 halves it, with zeros at the right and the bottom alone."""
   lo, hi = (w.shape[0]//2, w.shape[0]//2) if stride == 1 else (0, 1)
-  x = x.pad((None, (lo, hi), (lo, hi), None)).contiguous()  # not with what makes x at every tap anew
-  y = x.permute(0, 3, 1, 2).conv2d(w.permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1)
-  return sum(adds, start=y)
+  x = x.pad((None, (lo, hi), (lo, hi), None)).contiguous()  # or what makes x is made anew for every tap
+  y = x.permute(0, 3, 1, 2).conv2d(w.cast(x.dtype).permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1)
+  return sum(adds, start=y).cast(x.dtype)
 
 @quick
 def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True) -> Tensor:
   """z = (x − μ)/√(σ² + 10⁻⁶) · weight + bias, μ and σ² of each group of C/groups channels; then SiLU, z · sigmoid(z)."""
-  d = x.reshape(x.shape[0], -1, groups, x.shape[3]//groups)
+  d = x.float().reshape(x.shape[0], -1, groups, x.shape[3]//groups)
   d = (d - d.mean((1, 3), keepdim=True)).contiguous()
   z = (d * (d.square().mean((1, 3), keepdim=True) + 1e-6).rsqrt()).reshape(x.shape) * weight + bias
-  return z.silu() if silu else z
+  return (z.silu() if silu else z).cast(x.dtype)
 
 @quick
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
   """softmax(q kᵀ / √C) v: each (B,N,C)."""
-  return (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).softmax(-1).contiguous() @ v
+  s = q.matmul(k.transpose(1, 2), dtype=dtypes.float32) / math.sqrt(q.shape[2])
+  return s.softmax(-1).cast(q.dtype).contiguous() @ v
 
 def upsample(x:Tensor) -> Tensor:
   """Each pixel twice in both directions: (B,H,W,C) -> (B,2H,2W,C)."""
@@ -174,21 +178,21 @@ def upsample(x:Tensor) -> Tensor:
   return x.reshape(B, H, 1, W, 1, C).expand(B, H, 2, W, 2, C).reshape(B, 2*H, 2*W, C)
 
 def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
-  """x with each number zeroed with probability p, the others divided by 1−p: zero where a hash of seed and place is small."""
+  """x with each number zeroed with probability p, where a hash of seed and place is small, the others divided by 1−p."""
   h = Tensor.arange(x.numel(), dtype=dtypes.uint32).to(seed.device) * 0x9E3779B1 ^ (seed * 0x85EBCA77)
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): h = (h ^ (h >> shift)) * factor
   return (h >= int(p * 2**32)).reshape(x.shape).where(x, 0) / (1-p)
 
-def check(in_channels:int, channels:int, channel_mult:tuple[int, ...], num_res_blocks:int, attn_resolutions:tuple[int, ...],
-          dropout:float, image_size:int, norm_groups:int, num_classes:int, seed:int):
-  """ValueError, in one sentence, for sizes that do not fit each other."""
-  halvings = len(channel_mult)-1
-  if min(in_channels, channels, num_res_blocks, image_size, norm_groups, *channel_mult) < 1 or num_classes < 0 or halvings < 0:
+def check(c:dict):
+  """ValueError, in one sentence, for arguments of UNet that do not fit each other."""
+  channels, groups, size, halvings = c["channels"], c["norm_groups"], c["image_size"], len(c["channel_mult"])-1
+  sizes = (c["in_channels"], channels, c["num_res_blocks"], size, groups, *c["channel_mult"])
+  if min(sizes) < 1 or c["num_classes"] < 0 or halvings < 0:
     raise ValueError("every size of the network must be 1 or more")
-  if image_size % 2**halvings:
-    raise ValueError(f"images of {image_size}x{image_size} do not divide by 2 for each of {halvings} levels: "
+  if size % 2**halvings:
+    raise ValueError(f"images of {size}x{size} do not divide by 2 for each of {halvings} levels: "
                      f"crop or pad them to a multiple of {2**halvings}, or take fewer levels (channel_mult)")
-  if channels % norm_groups: raise ValueError(f"{channels} channels do not divide into {norm_groups} groups (norm_groups)")
+  if channels % groups: raise ValueError(f"{channels} channels do not divide into {groups} groups (norm_groups)")
   if channels % 2 or channels < 4:
     raise ValueError(f"channels must be even and at least 4, not {channels}: half of the embedding are sines")
-  if not 0 <= dropout < 1: raise ValueError(f"dropout must be from 0 up to below 1, not {dropout}")
+  if not 0 <= c["dropout"] < 1: raise ValueError(f"dropout must be from 0 up to below 1, not {c['dropout']}")

@@ -14,9 +14,12 @@ from tinygrad import Device
 def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
 
 def setup():
-  """Called where a program opens its device, and by the first network that is built."""
-  find_compiler()
+  """Called where a program opens its device, where a network is built, and by each operation: all but the first do nothing."""
+  compiler_is_found()
   if not plain(): install()
+
+@functools.cache
+def compiler_is_found() -> bool: return find_compiler() is not None
 
 @functools.cache
 def install():
@@ -32,7 +35,9 @@ def quick(plainly:Callable) -> Callable:
   """Runs the operation of this name in fast/operations.py in the place of unet.py's own, unless PLAIN=1 is set."""
   @functools.wraps(plainly)
   def operation(*args, **options):
+    setup()
     if plain(): return plainly(*args, **options)
-    from fast import operations
-    return getattr(operations, plainly.__name__)(*args, **options)
+    from fast import gpu, operations
+    on_cpu = gpu.first(args[0]).startswith("CPU")
+    return getattr(operations if on_cpu else gpu, plainly.__name__)(*args, **options)
   return operation

@@ -1,5 +1,5 @@
 """One atomic write for every file of the project: checkpoints, logs, pictures, downloads."""
-import contextlib, fcntl, functools, os, re, secrets
+import contextlib, fcntl, functools, os, secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -38,8 +38,23 @@ def create(folder:Path) -> BinaryIO:
 @functools.cache  # once a program and folder is enough
 def sweep(folder:Path) -> None:
   """Removes the temporary files of killed programs. Where the file system knows no locks, they stay."""
-  for name in os.listdir(folder):
-    if not re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name): continue
-    with contextlib.suppress(OSError), open(folder/name, "r+b") as f:
+  for path in folder.glob("." + 16 * "[0-9a-f]" + ".tmp"):
+    with contextlib.suppress(OSError), open(path, "r+b") as f:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      os.unlink(folder/name)
+      path.unlink()
+
+@contextlib.contextmanager
+def claim(folder:Path) -> Iterator[None]:
+  """Makes the folder, and keeps every other program that claims it out until this one ends, however it ends.
+
+  OSError if the folder cannot be written or another has it. Where the file system knows no locks, none is kept out."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder/".lock", "wb")  # noqa: SIM115
+  except OSError as e: raise OSError(f"cannot write {folder}: {e.strerror or e}") from e
+  with lock:
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise OSError(f"{folder} is in use by another program: wait for its end, or name another") from None
+    except OSError: pass
+    yield

@@ -16,8 +16,7 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   """(model, meta) from a file of `save` or of train.py (its averaged weights, or with `raw` those being trained),
   from a folder in diffusers' layout, or from the name of such a model on the hub, like google/ddpm-cifar10-32.
 
-  Raises OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this
-  program."""
+  OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this program."""
   if os.path.isdir(path): return hub.load(path)
   if (not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
       and not str(path).endswith(".safetensors")):
@@ -36,9 +35,8 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   return fill(build(config, path), tensors, path), meta
 
 def find(path:str|None=None, raw:bool=False) -> str:
-  """The file that a program's --checkpoint means: that of a run's folder.
-
-  Without one, that of the newest run, or the one shipped."""
+  """The file that a program's --checkpoint means: that of a run's folder. Without one, that of the newest run, or the
+  one shipped. ValueError if there is neither."""
   name = "last.safetensors" if raw else "ema.safetensors"
   if path: return str(run) if (run := Path(path, name)).is_file() else str(path)
   if runs := sorted(Path("runs").glob(f"*/{name}"), key=lambda f: f.stat().st_mtime): return str(runs[-1])

@@ -1,8 +1,9 @@
 """The device a program runs on, and how a step is captured for it."""
 from __future__ import annotations
-import ctypes, functools, os, shutil, sys
+import ctypes, functools, os, shutil, signal, sys
 from collections.abc import Callable
 from tinygrad import Device, Tensor, TinyJit
+from tinygrad.engine import worker
 from tinygrad.engine.jit import JitError
 from tinygrad.helpers import DEV
 
@@ -21,8 +22,16 @@ def is_processor(device:str) -> bool:
   """Whether an OpenCL device is the processor itself, as PoCL's is, and no GPU."""
   from tinygrad.runtime.autogen import opencl as cl
   kind = ctypes.c_uint64()
-  cl.clGetDeviceInfo(Device[device].cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
+  cl.clGetDeviceInfo(Device[device].cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)  # type: ignore[attr-defined]
   return not kind.value & cl.CL_DEVICE_TYPE_GPU and bool(kind.value & cl.CL_DEVICE_TYPE_CPU)
+
+initializer = worker._init_worker
+
+def start_worker():
+  """What each of tinygrad's compiling processes begins with. They ignore Ctrl-C, and here SIGTERM as well: the main one
+  stops when its step is done, and it would wait for ever for what a killed one owes it. (`timeout`, say, signals all.)"""
+  initializer()
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def open_device() -> str:
   """Opens the device that $DEV names, else the first that tinygrad finds, sets up fast/ and says on stderr which it is.
@@ -45,6 +54,8 @@ def open_device() -> str:
                        f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
   # tinygrad would not miss it before the first kernel that its cache does not hold
   if uses_clang and not compiler: raise RuntimeError(missing)
+  worker._init_worker = start_worker
+  worker._WorkerProcess.terminate = worker._WorkerProcess.kill  # type: ignore[method-assign]  # tinygrad ends them so
   try: from fast import setup
   except ImportError: pass
   else: setup()
@@ -63,7 +74,7 @@ def captured(step:Callable, kept:dict|None=None, *key) -> Callable:
   if full in kept: return kept[full]
   jit = TinyJit(step)
   jit.cnt = 1
-  runs = [jit]
+  runs:list[Callable] = [jit]
   def call(*tensors:Tensor):
     if runs[0] is jit and jit.cnt == 1:
       try: return jit(*tensors)

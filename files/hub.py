@@ -1,4 +1,4 @@
-"""Networks in the layout of diffusers, and those on the hub."""
+"""Networks in the layout of diffusers, as the hub has them: other names, other arguments, other orders of axes."""
 import functools, json, os, urllib.error
 from pathlib import Path
 import numpy as np
@@ -7,7 +7,7 @@ from files.atomic import atomic
 from files.weights import build, fill, read_tensors, write_tensors
 from unet import Conv, ResBlock, UNet
 
-# *** names and layouts of tensors: (O,I,k,k) where we have (k,k,I,O) ***
+# *** tensors ***
 
 PARTS = {"temb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm",
          "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
@@ -37,10 +37,12 @@ def diffusers_names(model:UNet) -> list[tuple[str, str]]:
   return names
 
 def to_theirs(v:np.ndarray, name:str) -> np.ndarray:
+  """(k,k,C,O) -> (O,C,k,k), and (C,O) -> (O,C), as which they have attention's 1x1 convolutions too."""
   if v.ndim == 4 and ".attentions." in name: v = v[0, 0]
   return v.transpose(3, 2, 0, 1) if v.ndim == 4 else v.T if v.ndim == 2 else v
 
 def to_ours(v:np.ndarray, ndim:int) -> np.ndarray:
+  """The inverse of `to_theirs`, with as many axes as our tensor has."""
   if v.ndim == 4: v = v.transpose(2, 3, 1, 0)
   elif v.ndim == 2: v = v.T
   return v[None, None] if v.ndim == 2 and ndim == 4 else v[0, 0] if v.ndim == 4 and ndim == 2 else v
@@ -80,14 +82,7 @@ def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
     "mid_block_type": "UNetMidBlock2D",
     "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attn)]}, scheduler
 
-def read_json(path:Path) -> dict:
-  try: value = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as e: raise OSError(f"cannot read {path}: {e.strerror or e}") from e
-  except (ValueError, RecursionError): raise ValueError(f"{path} is not JSON") from None
-  if not isinstance(value, dict): raise ValueError(f"{path} is not a JSON object")
-  return value
-
-def from_diffusers(config:dict, path) -> dict:
+def from_diffusers(config:dict, path:Path) -> dict:
   """UNet's arguments from a config.json. ValueError naming what this network does not have."""
   for key, value in FIXED.items():
     if config.get(key, value) not in (value, *({"act_fn": ["swish"]}.get(key, []))):
@@ -97,9 +92,6 @@ def from_diffusers(config:dict, path) -> dict:
   try:
     widths, size, down, up = (config["block_out_channels"], config["sample_size"],
                               list(config["down_block_types"]), list(config["up_block_types"]))
-    args = dict(in_channels=int(config["in_channels"]), channels=int(widths[0]),
-                num_res_blocks=int(config["layers_per_block"]), dropout=float(config.get("dropout") or 0),
-                norm_groups=int(config["norm_num_groups"]), image_size=int(size))
     for kind in down+up:
       if kind not in ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"):
         raise ValueError(f"{path}: the block type {kind!r} is not supported")
@@ -112,10 +104,28 @@ def from_diffusers(config:dict, path) -> dict:
       raise ValueError(f"{path}: out_channels = {config['out_channels']} differs from in_channels")
     if any(w % widths[0] for w in widths):
       raise ValueError(f"{path}: block_out_channels = {widths} are not multiples of the first")
-    return args | dict(channel_mult=tuple(w//widths[0] for w in widths),
-                       attn_resolutions=tuple(size >> i for i, a in enumerate(attn) if a))
+    return {
+      "in_channels": config["in_channels"], "channels": int(widths[0]),
+      "channel_mult": tuple(w//widths[0] for w in widths), "num_res_blocks": config["layers_per_block"],
+      "attn_resolutions": tuple(size >> i for i, a in enumerate(attn) if a),
+      "dropout": float(config.get("dropout") or 0), "image_size": size, "norm_groups": config["norm_num_groups"]}
   except (KeyError, TypeError, IndexError, ZeroDivisionError, OverflowError) as e:
     raise ValueError(f"{path} lacks or garbles an entry: {e}") from e
+
+def from_scheduler(config:dict, path:Path) -> dict:
+  """DDPM's arguments and whether x̂_0 is clipped, from a scheduler_config.json.
+
+  ValueError naming what DDPM does not have."""
+  for key, table in (("beta_schedule", SCHEDULES), ("variance_type", SIGMAS), ("prediction_type", PREDICTS)):
+    if str(config.get(key, next(iter(table)))) not in table:
+      raise ValueError(f"{path}: {key} = {config[key]!r} is not supported")
+  return {
+    "ddpm": {
+      "T": config.get("num_train_timesteps", 1000), "beta_1": config.get("beta_start", 1e-4),
+      "beta_T": config.get("beta_end", 0.02), "schedule": SCHEDULES[config.get("beta_schedule", "linear")],
+      "sigma": SIGMAS[config.get("variance_type", "fixed_large")],
+      "predict": PREDICTS[config.get("prediction_type", "epsilon")]},
+    "clip": bool(config.get("clip_sample", True))}
 
 # *** folders ***
 
@@ -129,10 +139,18 @@ def save(folder:str|os.PathLike, model:UNet, meta:dict|None=None):
   for name, content in (("config.json", config), ("scheduler_config.json", scheduler)):
     with atomic(folder/name) as f: f.write(json.dumps(content, indent=2).encode() + b"\n")
 
+def read_json(path:Path) -> dict:
+  """A JSON object. OSError, ValueError if it is none."""
+  try: value = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as e: raise OSError(f"cannot read {path}: {e.strerror or e}") from e
+  except (ValueError, RecursionError): raise ValueError(f"{path} is not JSON") from None
+  if not isinstance(value, dict): raise ValueError(f"{path} is not a JSON object")
+  return value
+
 def load(folder:str|os.PathLike) -> tuple[UNet, dict]:
   """(model, meta) from a folder in diffusers' layout, of a network alone or of a whole pipeline.
 
-  Raises OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this program."""
+  OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this program."""
   folder = Path(folder)
   if (folder/"unet"/"config.json").exists(): folder = folder/"unet"
   if not (folder/"config.json").exists():
@@ -165,14 +183,7 @@ def load(folder:str|os.PathLike) -> tuple[UNet, dict]:
   for s in (folder/"scheduler_config.json", folder/"scheduler"/"scheduler_config.json",
             folder.parent/"scheduler"/"scheduler_config.json"):
     if not s.exists(): continue
-    d = read_json(s)
-    for key, table in (("beta_schedule", SCHEDULES), ("variance_type", SIGMAS), ("prediction_type", PREDICTS)):
-      if str(d.get(key, next(iter(table)))) not in table: raise ValueError(f"{s}: {key} = {d[key]!r} is not supported")
-    meta["ddpm"] = dict(
-      T=d.get("num_train_timesteps", 1000), beta_1=d.get("beta_start", 1e-4), beta_T=d.get("beta_end", 0.02),
-      schedule=SCHEDULES[d.get("beta_schedule", "linear")], sigma=SIGMAS[d.get("variance_type", "fixed_large")],
-      predict=PREDICTS[d.get("prediction_type", "epsilon")])
-    meta["clip"] = bool(d.get("clip_sample", True))
+    meta |= from_scheduler(read_json(s), s)
     break
   return fill(model, tensors, folder), meta
 

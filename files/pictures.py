@@ -82,7 +82,7 @@ def plot(series:Mapping[str, tuple[ArrayLike, ArrayLike]], title:str="", xlabel:
   k = 3  # drawn at three times the size, for smooth lines
   width, height = 720 * k, 440 * k
   font, big = ImageFont.load_default(size=13 * k), ImageFont.load_default(size=16 * k)
-  curves = []
+  curves:list = []
   for name, pair in series.items():
     xs, ys = (np.asarray(v, np.float64).ravel() for v in pair)
     if xs.shape != ys.shape: raise ValueError(f"the curve {name!r} has {len(xs)} xs but {len(ys)} ys")

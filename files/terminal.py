@@ -1,6 +1,6 @@
 """A program at the terminal: numbers of its command line, a progress bar, and how it ends."""
 from __future__ import annotations
-import argparse, math, shutil, sys, time
+import argparse, contextlib, math, shutil, signal, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -38,12 +38,25 @@ def progress(items:Iterable[T], desc:str, total:int=0, weigh:Callable[[T], int]=
   finally:
     if tty and begun: print("\r\033[K", end="", file=sys.stderr, flush=True)
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[list[int]]:
+  """A list that stays empty until Ctrl-C or SIGTERM asks to stop, and then holds the signal. A second Ctrl-C stops at
+  once; a second SIGTERM does not: programs such as timeout send two."""
+  asked:list[int] = []
+  def ask(signum:int, frame:object):
+    asked.append(signum)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+  try: yield asked
+  finally:
+    for s, handler in before.items(): signal.signal(s, handler)
+
 def run(main:Callable[[], None]):
   """Runs a program's main. What goes wrong is one sentence on stderr and exit status 1; Ctrl-C is 130."""
   program = Path(sys.argv[0]).name
   try: main()
-  except (ValueError, OSError, RuntimeError, MemoryError) as e:
+  except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as e:
+    if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):  # or what a lock made of it
+      print(f"\n{program}: stopped", file=sys.stderr)
+      sys.exit(130)
     sys.exit(f"{program}: {' '.join(str(e).split()) or type(e).__name__}")
-  except KeyboardInterrupt:
-    print(f"\n{program}: stopped", file=sys.stderr)
-    sys.exit(130)

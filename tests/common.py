@@ -2,9 +2,12 @@
 import os
 from pathlib import Path
 import numpy as np
+import pytest
 from tinygrad import Tensor, nn
 import unet
+from files.device import find_compiler
 
+find_compiler()  # as a program does when it opens its device
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent/"shared"/"golden"))
 DATA = Path(os.environ.get("DATA_DIR", ROOT.parent/"shared"/"data"))
@@ -22,3 +25,10 @@ def random_model(**kw):
   for i, p in enumerate(nn.state.get_parameters(model)):
     p.replace(Tensor(p.numpy() + arr(*p.shape, seed=i, scale=0.1)).realize())
   return model
+
+def refused(call, *words):
+  """The call is refused in one sentence that holds all the words."""
+  with pytest.raises((ValueError, OSError)) as caught: call()
+  assert type(caught.value) in (ValueError, OSError, FileNotFoundError)
+  message = str(caught.value)
+  assert "\n" not in message and len(message) > 15 and not [w for w in words if str(w) not in message], message

@@ -1,11 +1,13 @@
-# ***** data.py *****
-
-def refused(call, *words):
-  """The call is refused in one sentence that holds all the words."""
-  with pytest.raises((ValueError, OSError)) as caught: call()
-  assert type(caught.value) in (ValueError, OSError, FileNotFoundError)
-  message = str(caught.value)
-  assert "\n" not in message and len(message) > 15 and not [w for w in words if str(w) not in message], message
+"""Section 4's set-up: datasets, downloads, folders of images, batches."""
+import contextlib, gzip, hashlib, http.server, io, os, re, subprocess, sys, tarfile, threading, tracemalloc
+import zipfile, zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import data
+import numpy as np
+import pytest
+from common import DATA, ROOT, refused
+from PIL import Image
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
@@ -29,26 +31,25 @@ def write_idx(folder, part="train", n=6, seed=0, pack=gzip.compress, end=".gz"):
   (folder / f"{part}-labels-idx1-ubyte{end}").write_bytes(pack(idx(labels)))
   return images, labels
 
-# ------------------------------------------------------------------------------------------------ datasets
+# *** datasets ***
 
-@pytest.mark.skipif(not os.path.isdir(os.path.join(os.environ.get("DATA_DIR", ""), "mnist")), reason="no MNIST here")
+@pytest.mark.skipif(not (DATA / "mnist").is_dir(), reason="no MNIST here")
 def test_mnist_is_mnist():
-  x, y = data.load("mnist")
+  x, y = data.load("mnist", data_dir=DATA)
   assert x.shape == (60000, 1, 28, 28) and x.dtype == np.uint8 and y.dtype == np.int32 and y[0] == 5
   assert np.bincount(y).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
   assert abs(x.mean() / 255 - 0.1307) < 1e-4 and abs(x.std() / 255 - 0.3081) < 1e-4  # the constants everybody uses
-  x, y = data.load("mnist", "test")
+  x, y = data.load("mnist", "test", DATA)
   assert x.shape == (10000, 1, 28, 28) and y[:5].tolist() == [7, 2, 1, 0, 4]
-  files = Path(os.environ["DATA_DIR"], "mnist")
   for file, sha in data.SHA256["mnist"].items():
-    if (files / file).exists(): assert hashlib.sha256(gzip.decompress((files / file).read_bytes())).hexdigest() == sha
+    if (path := DATA / "mnist" / file).exists():
+      assert hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == sha
 
-@pytest.mark.skipif(not os.path.isfile(os.path.join(os.environ.get("DATA_DIR", ""), "cifar10-jpg-test.zip")),
-                    reason="no JPEG copies of CIFAR-10 here")
+@pytest.mark.skipif(not (DATA / "cifar10-jpg-test.zip").is_file(), reason="no JPEG copies of CIFAR-10 here")
 def test_cifar10_from_jpegs():
-  x, y = data.load("cifar10", "test")
+  x, y = data.load("cifar10", "test", DATA)
   assert x.shape == (10000, 3, 32, 32) and np.bincount(y).tolist() == [1000] * 10
-  with zipfile.ZipFile(os.path.join(os.environ["DATA_DIR"], "cifar10-jpg-test.zip")) as z:
+  with zipfile.ZipFile(DATA / "cifar10-jpg-test.zip") as z:
     names = sorted(n for n in z.namelist() if n.endswith(".jpg"))
     for i in (0, 4321, 9999):
       assert (x[i] == np.asarray(Image.open(io.BytesIO(z.read(names[i]))).convert("RGB")).transpose(2, 0, 1)).all()
@@ -195,7 +196,7 @@ def test_cifar10_jpegs_zipped_and_unpacked(offline, capsys, monkeypatch):
   (offline / "cifar10" / file.name).write_bytes(b"PK not a zip")
   refused(lambda: data.load("cifar10", "test", offline / "cifar10"), file.name)
 
-# ------------------------------------------------------------------------------------------------ downloads
+# *** downloads ***
 
 @pytest.fixture
 def mirrors(tmp_path, monkeypatch):
@@ -245,6 +246,14 @@ def test_a_wrong_download_never_enters_the_cache(mirrors, monkeypatch):
 
 def test_two_downloads_at_once(mirrors):
   images, _, tmp_path = mirrors
+  program = f"""if True:
+    import data
+    data.MIRRORS["mnist"], data.SHA256["mnist"] = {data.MIRRORS["mnist"]}, {data.SHA256["mnist"]}
+    print(data.load("mnist")[0].sum(dtype=int))"""
+  programs = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+  assert [int(p.communicate()[0]) for p in programs] == [images.sum(dtype=int)] * 2
+  assert {p.name for p in (tmp_path / "xdg/ddpm/mnist").iterdir()} == set(data.SHA256["mnist"])
+  for file in data.SHA256["mnist"]: (tmp_path / "xdg/ddpm/mnist" / file).unlink()
   with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda _: data.load("mnist")[0], range(4)))
   assert all(np.array_equal(x[:, 0], images) for x in found)
   assert {p.name for p in (tmp_path / "xdg/ddpm/mnist").iterdir()} == set(data.SHA256["mnist"])
@@ -257,7 +266,7 @@ def test_digest_of_the_file_itself_and_the_published_names(mirrors, monkeypatch)
   for name in ("mnist", "fashion_mnist", "cifar10"):
     assert len(data.MIRRORS[name]) >= 2 and all(re.fullmatch("[0-9a-f]{64}", sha) for sha in data.SHA256[name].values())
 
-# ------------------------------------------------------------------------------------------------ folders
+# *** folders ***
 
 def png(width, height, bits=1, rows=b""):
   """A PNG of one gray channel, made by hand."""
@@ -329,14 +338,18 @@ def test_folder_sizes_and_channels(offline):
     return str(offline / name)
   gray, wide = Image.new("L", (28, 28), 9), Image.new("L", (60, 20))
   wide.paste(255, (20, 0, 40, 20))  # white in the central square
-  assert data.load(folder("same", gray, gray))[0].shape == (2, 1, 28, 28)
-  assert data.load(folder("most", gray, gray, wide))[0].shape == (3, 1, 28, 28)
+  assert data.load(folder("same", gray, gray), multiple=4)[0].shape == (2, 1, 28, 28)
+  assert data.load(folder("most", gray, gray, wide), multiple=4)[0].shape == (3, 1, 28, 28)
   x = data.load(folder("mixed", wide, Image.new("L", (9, 9)), Image.new("L", (90, 21))))[0]
   assert x.shape == (3, 1, 16, 16) and x[0].min() > 240  # median side 20, down to 16; central crop
   assert data.load(folder("large", Image.new("L", (300, 200))))[0].shape == (1, 1, 64, 64)
   assert data.load(folder("tiny", Image.new("RGB", (1, 1), "red"), Image.new("L", (1, 3000))))[0].shape == (2, 3, 8, 8)
   assert data.load(folder("given", wide, gray), size=12)[0].shape == (2, 1, 12, 12)
-  assert data.load(folder("colour", gray, Image.new("RGB", (28, 28), "red")))[0].shape == (2, 3, 28, 28)
+  assert data.load(folder("colour", gray, Image.new("RGB", (28, 28), "red")))[0].shape == (2, 3, 24, 24)
+  for own, multiple, size in ((512, 8, 64), (50, 8, 48), (50, 4, 48), (50, 2, 50), (28, 16, 16), (5, 16, 16)):
+    name = folder(f"{own} by {multiple}", Image.new("L", (own, own)))
+    assert data.load(name, multiple=multiple)[0].shape == (1, 1, size, size)
+    assert data.load(name, size=own, multiple=multiple)[0].shape == (1, 1, own, own)  # what is asked for
   for bad in (0, -3, 10**6): refused(lambda: data.load(str(offline / "given"), size=bad), bad)
 
 def test_broken_images_are_counted_and_named(offline, capsys):
@@ -389,7 +402,7 @@ def test_any_damage_is_read_or_refused(offline):
     for file in (offline / end.strip(".") / "idx").iterdir():
       attack(file, 40, lambda: data.load("mnist", data_dir=file.parent))
   noise = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-  for i, end in enumerate(("png", "jpg", "gif", "tif", "webp", "bmp", "ppm")):
+  for end in ("png", "jpg", "gif", "tif", "webp", "bmp", "ppm"):
     (offline / end).mkdir()
     noise.save(offline / end / f"a.{end}")
     attack(offline / end / f"a.{end}", 40, lambda: data.load(str(offline / end)))
@@ -400,7 +413,7 @@ def test_any_damage_is_read_or_refused(offline):
   attack(offline / "tar" / "cifar-10-binary.tar.gz", 30, lambda: data.load("cifar10", "test", offline / "tar"))
   assert cases >= 300 and cases / 10 < read < cases * 0.9
 
-# ------------------------------------------------------------------------------------------------ batches
+# *** batches ***
 
 @pytest.mark.parametrize("batch", [1, 4, 10, 7, 33])
 def test_each_epoch_has_every_image_once(batch):
@@ -418,7 +431,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
   images, labels = rng.integers(0, 256, (50, 3, 4, 5), np.uint8), np.arange(50, dtype=np.int32)
   get = lambda step, seed=0: data.batch_at(images, labels, step, 16, seed, flip=True)
   forwards = [get(step) for step in range(12)]
-  data._permutation.cache_clear()
+  data.permutation.cache_clear()
   for step in reversed(range(12)):
     get(99 - step, seed=step)  # something else in between
     assert all(np.array_equal(a, b) for a, b in zip(get(step), forwards[step]))
@@ -442,158 +455,13 @@ def test_batches_that_cannot_be(offline):
     refused(lambda: data.batch_at(images, labels, step, batch, seed), f"batch of {batch}")
   refused(lambda: data.batch_at(images[:0], labels[:0], 0, 2, 0), "0 images")
 
-# ------------------------------------------------------------------------------------------------ images out
-
 def test_to_uint8_inverts_the_scaling():
   every = np.arange(256)
   assert np.array_equal(data.to_uint8((every / 127.5 - 1).astype(np.float32)), every)
+  levels = data.scaled(every.astype(np.uint8))
+  assert levels.dtype == np.float32 and np.abs(levels - (every / 127.5 - 1)).max() < 1e-7
+  assert np.array_equal(data.to_uint8(levels), every) and levels[[0, 255]].tolist() == [-1, 1]
   x = np.random.default_rng(0).uniform(-1, 1, 1000)
   assert np.abs(data.to_uint8(x) - (x + 1) * 127.5).max() <= 0.5 and data.to_uint8(x).dtype == np.uint8
   assert data.to_uint8(np.array([-1.01, -9, -np.inf, 1.01, 9, np.inf])).tolist() == [0, 0, 0, 255, 255, 255]
   refused(lambda: data.to_uint8(np.array([0, np.nan])), "NaN")
-
-@pytest.mark.parametrize("shape, ncols, scale, size", [
-  ((5, 3, 4, 6), 3, 2, (3 * 14 + 2, 2 * 10 + 2)), ((1, 1, 8, 8), 9, 1, (12, 12)),
-  ((16, 1, 28, 28), None, None, (234, 234)), ((64, 3, 32, 32), None, None, (530, 530)),
-  ((2, 1, 300, 200), None, None, (406, 304))])
-def test_grid_geometry(shape, ncols, scale, size):
-  images = np.random.default_rng(0).integers(0, 128, shape, np.uint8)
-  picture = data.grid(images, ncols, scale)
-  assert picture.size == size and picture.mode == ("L" if shape[1] == 1 else "RGB")
-  pixels = np.asarray(picture).reshape(size[1], size[0], -1)
-  columns = ncols and min(ncols, shape[0]) or int(np.ceil(shape[0] ** 0.5))
-  cell = (size[0] - 2) // columns - 2
-  k = cell // shape[3]
-  seen = np.zeros(pixels.shape[:2], bool)
-  for i in range(shape[0]):
-    top, left = 2 + i // columns * (shape[2] * k + 2), 2 + i % columns * (cell + 2)
-    area = slice(top, top + shape[2] * k), slice(left, left + cell)
-    assert np.array_equal(pixels[area][::k, ::k].transpose(2, 0, 1), images[i])
-    assert np.array_equal(pixels[area][k - 1::k, k - 1::k].transpose(2, 0, 1), images[i])
-    seen[area] = True
-  assert (pixels[~seen] == 128).all()
-
-def test_grid_is_seen_and_fits():
-  assert data.grid(np.zeros((1, 1, 16, 16), np.uint8)).size[0] >= 56 + 4
-  for n in (1000, 5000): assert max(data.grid(np.zeros((n, 1, 16, 16), np.uint8)).size) <= 1600
-  assert max(data.grid(np.zeros((50, 1, 16, 16), np.uint8), 2).size) <= 1600
-  for bad in (np.zeros((0, 1, 8, 8), np.uint8), np.zeros((2, 2, 8, 8), np.uint8), np.zeros((2, 1, 8, 8))):
-    for call in (data.grid, data.to_terminal, functools.partial(data.save_npz, "/nowhere/x.npz")):
-      refused(lambda: call(bad), str(bad.shape))
-  refused(lambda: data.grid(np.zeros((2, 1, 8, 8), np.uint8), 0), "0 columns")
-  refused(lambda: data.grid(np.zeros((2, 1, 8, 8), np.uint8), 2, 0), "0 times")
-
-@pytest.mark.parametrize("c, h", [(3, 4), (1, 5)])
-def test_the_terminal_shows_the_pixels(c, h):
-  images = np.random.default_rng(0).integers(0, 256, (3, c, h, 5), np.uint8)
-  images[0] //= 128  # long runs of one colour
-  text = data.to_terminal(images, columns=11)  # room for two of five and a gap
-  rows = []
-  for line in text.split("\n"):
-    assert line.endswith("\033[0m") and line.count("▀") == 11
-    upper, lower, now = [], [], None
-    for codes, block in re.findall(r"\033\[38;2;([\d;]+)m|(▀)", line):
-      if codes: now = [int(v) for v in codes.replace("48;2;", "").split(";")]
-      if block: upper.append(now[:3]), lower.append(now[3:])
-    rows += [upper, lower]
-  shown = np.array(rows).transpose(2, 0, 1)
-  for i in range(2): assert (shown[:, :h, 6 * i:6 * i + 5] == images[i]).all()
-  assert not shown[:, :, 5].any() and not shown[:, h:].any()
-  assert data.to_terminal(images, columns=2).split("\n")[0].count("▀") == 5  # at least one
-
-def test_files_hold_what_was_saved(tmp_path):
-  images = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 9), np.uint8)
-  data.save_png(tmp_path / "new" / "folder" / "a.png", data.grid(images, 3, 1))
-  assert np.array_equal(np.asarray(Image.open(tmp_path / "new/folder/a.png")), np.asarray(data.grid(images, 3, 1)))
-  data.save_npz(tmp_path / "a.npz", images[:, :1])
-  with np.load(tmp_path / "a.npz", allow_pickle=False) as z:
-    assert z.files == ["arr_0"] and z["arr_0"].dtype == np.uint8
-    assert np.array_equal(z["arr_0"], images[:, 0, :, :, None])
-  data.save_gif(tmp_path / "a.gif", [data.grid(image[None], scale=1) for image in images], ms=50)
-  gif = Image.open(tmp_path / "a.gif")
-  times = []
-  for i in range(gif.n_frames):
-    gif.seek(i)
-    times.append(gif.info["duration"])
-  assert times == [50, 50, 2000] and gif.info["loop"] == 0
-  refused(lambda: data.save_gif(tmp_path / "b.gif", []), "b.gif")
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.npz", "new"]
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path, error):
-  path = tmp_path / "file"
-  path.write_bytes(b"old")
-  with pytest.raises(error), data.atomic(path) as f:
-    f.write(b"half of the new")
-    f.flush()
-    assert path.read_bytes() == b"old"
-    raise error
-  assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-  with data.atomic(path) as f: f.write(b"new")
-  assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-
-def test_a_new_file_is_like_any_other(tmp_path):
-  (tmp_path / "plain").write_bytes(b"")
-  with data.atomic(tmp_path / "file") as f: f.write(b"1")
-  assert stat.S_IMODE(os.stat(tmp_path / "file").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
-  (tmp_path / "link").symlink_to(tmp_path / "file")
-  with data.atomic(tmp_path / "link") as f: f.write(b"2")
-  assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"2"
-
-def test_places_that_cannot_be_written(tmp_path):
-  picture = Image.new("L", (4, 4))
-  (tmp_path / "file").write_bytes(b"old")
-  os.mkfifo(tmp_path / "pipe")
-  for path in (tmp_path, tmp_path / "file" / "a.png", tmp_path / "pipe", tmp_path / ("x" * 300), "/", "/proc/no/a.png"):
-    refused(lambda: data.save_png(path, picture), "cannot write", path)
-  refused(lambda: data.save_png(tmp_path / "file" / "a.png", picture), "is a file, not a folder")
-  refused(lambda: data.save_png(tmp_path / ("x" * 300), picture), "too long")
-  assert (tmp_path / "file").read_bytes() == b"old" and {p.name for p in tmp_path.iterdir()} == {"file", "pipe"}
-
-BLUE, RED = (31, 119, 180), (214, 39, 40)  # the first curves' colours
-
-def where(picture, colour):
-  """Rows and columns of the pixels of a curve, below the legend."""
-  near = np.abs(np.asarray(picture).astype(int) - colour).sum(2) < 60
-  y, x = np.nonzero(near[64:])
-  return y + 64, x
-
-def test_plot_draws_what_it_is_given():
-  xs = np.arange(101)
-  y, x = where(data.plot({"up": (xs, xs**2)}, "title", "x", "y"), BLUE)
-  at = lambda column: y[np.abs(x - column) < 2].mean()
-  left, right = x.min(), x.max()
-  assert right - left > 600 and abs(at(left) - y.max()) < 5 and abs(at(right) - y.min()) < 5
-  half = at((left + right) / 2)
-  assert abs((y.max() - half) / (y.max() - y.min()) - 0.25) < 0.02  # (1/2)^2
-  y, x = where(data.plot({"e": (xs, np.exp(xs / 5.0))}, log_y=True), BLUE)
-  assert abs(y[np.abs(x - (x.min() + x.max()) / 2) < 2].mean() - (y.min() + y.max()) / 2) < 3  # a straight line
-  y, x = where(data.plot({"two": (xs, xs), "parts": (xs, np.where(abs(xs - 50) < 20, np.nan, -xs))}), RED)
-  assert len(x) and not ((x > x.min() + 0.35 * (x.max() - x.min())) & (x < x.min() + 0.65 * (x.max() - x.min()))).any()
-
-@pytest.mark.parametrize("log_y", [False, True])
-def test_plot_of_nearly_nothing(log_y):
-  for series in ({}, {"a": ([], [])}, {"a": ([1], [np.nan])}, {"a": ([1, 2], [5, 5])}, {"a": ([0, 1], [-1, 0])},
-                 {"a": ([0, 1e-12], [1e9, 1e9 + 1])}, {"a": ([0, 1e12], [1e-300, 1e300])},
-                 {"a": ([1, 2], [np.inf, 3])}):
-    assert data.plot(series, "title", "x", "y", log_y).size == (720, 440)
-  y, x = where(data.plot({"dot": ([3, 4, 5], [7, np.nan, np.nan])}, log_y=log_y), BLUE)
-  assert 10 < len(x) < 60 and abs(x.mean() - 370) < 40 and abs(y.mean() - 235) < 40  # a dot in the middle
-  refused(lambda: data.plot({"uneven": ([1, 2], [1])}), "uneven")
-
-def test_ticks_are_round_numbers():
-  assert [text for _, text in data._ticks(0, 1)] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
-  assert [text for _, text in data._ticks(0, 30000)] == ["0", "5,000", "10,000", "15,000", "20,000", "25,000", "30,000"]
-  assert [text for _, text in data._log_ticks(-2, 1)] == ["0.01", "0.1", "1", "10"]
-  for lo, hi in ((-0.3, 0.7), (2.9, 3.1), (1e-7, 3e-7), (-5e8, 4e9)):
-    ticks = data._ticks(lo, hi)
-    assert 3 <= len(ticks) <= 8 and all(lo <= v <= hi for v, _ in ticks)
-    assert all(abs(float(text.replace(",", "")) - v) <= 1e-3 * (hi - lo) for v, text in ticks)
-
-def test_progress_passes_everything_on(capsys, monkeypatch):
-  assert list(data.progress(range(5), "counting", 5)) == [0, 1, 2, 3, 4] and capsys.readouterr().err == ""
-  clock = iter(range(0, 1000, 6))
-  monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
-  assert list(data.progress(["ab", "cd"], "counting", 4, len)) == ["ab", "cd"]
-  assert re.findall(r"(\d+)%.*counting", capsys.readouterr().err) == ["50", "100"]
-

@@ -1,14 +1,28 @@
-# ***** train.py *****
+"""train.py: the step against float64, what is drawn, and runs that are stopped, killed, continued or refused."""
+import json, math, os, re, signal, subprocess, sys, time, tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+import pytest
+from common import ROOT, TINY, close, f32, rng
+from PIL import Image
+from tinygrad import Device, GlobalCounters, Tensor
+import sample, train
+from ddpm import DDPM
+from files import checkpoint
+from files.weights import read_tensors, write_tensors
 
 SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "",
          "--norm-groups", "4", "--sample-every", "0", "--T", "50"]
 
+def at_times(*t): return Tensor(np.array(t, np.int32))
+
 def run(out, *flags): train.main([*SMALL, "--out", str(out), *map(str, flags)])
 
 def contents(out):
-  return {f.name: f.read_bytes() for f in sorted(pathlib.Path(out).iterdir()) if f.is_file() and f.name != "log.jsonl"}
+  return {f.name: f.read_bytes() for f in sorted(Path(out).iterdir()) if f.is_file() and f.name != "log.jsonl"}
 
-def losses(out): return [json.loads(line)["loss"] for line in (pathlib.Path(out)/"log.jsonl").read_text().splitlines()]
+def losses(out): return [json.loads(line)["loss"] for line in (Path(out)/"log.jsonl").read_text().splitlines()]
 
 def test_resume_is_exact_and_seeds_matter(tmp_path):
   run(tmp_path/"a", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
@@ -42,7 +56,7 @@ def step_once(accum=1, gpus=1, steps=2, **flags):
   base = Device.DEFAULT.split(":")[0]
   state = train.State(config, (Device.DEFAULT,) if gpus == 1 else tuple(f"{base}:{i}" for i in range(gpus)))
   step, images, seen = (train.make_step(state, DDPM(T=a.T), a),
-                        np.random.default_rng(0).integers(0, 256, (8, 1, 8, 8), np.uint8), [])
+                        rng().integers(0, 256, (8, 1, 8, 8), np.uint8), [])
   for n in range(1, steps+1):
     x, t, eps, y, seeds = train.draw(a, images, np.zeros(8, np.int32), 0, n)
     part = 8//accum
@@ -105,8 +119,9 @@ def test_times_are_drawn_by_their_weight_in_the_bound():
   model = lambda x, t: x * 0.9
   d, eps = DDPM(T=20), f32(rng(2).standard_normal((20, 1, 4, 4)))
   x0 = f32(rng(1).integers(0, 256, (20, 1, 4, 4)) / 127.5 - 1)
-  L, p = vec(d.vlb_term(model, x0, at_times(*range(1, 21)), eps)), train.chances(20, 1e-4, 0.02, "linear")[1][1:]
-  t = np.random.default_rng(0).choice(20, 200_000, p=p)
+  L = d.vlb_term(model, x0, at_times(*range(1, 21)), eps).numpy().astype(np.float64)
+  p = train.chances(20, 1e-4, 0.02, "linear")[1][1:]
+  t = rng().choice(20, 200_000, p=p)
   assert (L[t] / p[t]).mean() == pytest.approx(L.sum(), rel=5 * (L[t] / p[t]).std() / L.sum() / math.sqrt(200_000))
 
 @pytest.mark.parametrize("loss", ("simple", "vlb"))
@@ -126,7 +141,7 @@ def test_errors_that_clipping_mends_and_weighted_times(loss):
   want = (eps**2 * ~mended).reshape(64, -1).mean(1)
   if loss == "vlb":  # Eq. 12; σ_t² = β_t is not the posterior's variance, which adds what does not depend on the model
     r = d.beta_tilde[t] / d.beta[t]
-    want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + r - 1 - np.log(r)) / 2 / LOG2
+    want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + r - 1 - np.log(r)) / 2 / math.log(2)
   # so that the mean over draws is that over even ones, or, of L_simple, with L_vlb's weights
   w, p = train.chances(a.T, a.beta_1, a.beta_T, a.schedule)
   want *= w[t] / p[t] if loss == "simple" else 1 / (a.T * p[t])
@@ -189,12 +204,26 @@ def test_every_t_is_trained_and_the_draws_are_independent():
   assert abs(np.mean([d[3] == 10 for d in draws]) - 0.1) < 0.02  # labels dropped
 
 @pytest.mark.parametrize("flags,match", [
-  (["--batch", "0"], "--batch 0"), (["--steps", "-5"], "--steps -5"), (["--lr", "nan"], "--lr nan"),
-  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T 0"),
+  (["--batch", "0"], "--batch.*'0'"), (["--steps", "-5"], "--steps.*'-5'"), (["--lr", "nan"], "--lr.*'nan'"),
+  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T.*'0'"),
   (["--channel-mult", "0,1"], "--channel-mult"), (["--accum", "3"], "--accum 3"), (["--clip", "-1"], "--clip"),
-  (["--min-snr", "-1"], "--min-snr -1")])
+  (["--min-snr", "-1"], "--min-snr"), (["--channel-mult", ""], "--channel-mult"), (["--attn", "x"], "--attn"),
+  (["--drop-labels", "1.1"], "--drop-labels"), (["--image-size", "0"], "--image-size"), (["--nonsense"], "--nonsense"),
+  # L_0 needs exact levels, and so does what clipping mends
+  (["--dequantize", "--loss", "vlb"], "--dequantize.*--loss"), (["--dequantize", "--clip-x0"], "--clip-x0")])
 def test_flags_out_of_range(flags, match):
-  with pytest.raises(ValueError, match=match): train.arguments([*SMALL, *flags])
+  with pytest.raises(ValueError, match=match) as refused: train.arguments([*SMALL, *flags])
+  assert "\n" not in str(refused.value)
+
+def test_help_says_what_is_the_papers(capsys):
+  with pytest.raises(SystemExit) as end: train.arguments(["--help"])
+  says = capsys.readouterr().out
+  groups = {part.split(":\n")[0]: part for part in re.split(r"\n\n(?=\w)", says)}
+  where = {flag: name for name, part in groups.items() for flag in re.findall(r"^  (--[\w-]+)", part, re.MULTILINE)}
+  assert end.value.code == 0 and len(where) == 38
+  for flag, name in (("--out", "the run"), ("--beta-T", "the paper's"), ("--warmup", "the authors' code's"),
+                     ("--clip", "the authors' code's"), ("--min-snr", "not in the paper")):
+    assert where[flag].startswith(name), where
 
 @pytest.mark.parametrize("program,flags,says", [
   ("train.py", ["--dataset", "nonsense"], "nonsense"), ("train.py", ["--out", "/proc/x"], "/proc/x"),
@@ -202,33 +231,173 @@ def test_flags_out_of_range(flags, match):
   ("evaluate.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
   ("train.py", ["--dataset", "glyphs", "--channels", "12", "--norm-groups", "5"], "groups")])
 def test_programs_end_with_one_sentence(program, flags, says, tmp_path):
-  r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/program), *flags],
+  r = subprocess.run([sys.executable, str(ROOT/program), *flags],
                      capture_output=True, text=True, cwd=tmp_path)
   assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
 
 def test_no_device_and_no_compiler(tmp_path):
   for env, says in (({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")):
-    r = subprocess.run([sys.executable, str(pathlib.Path(__file__).parent/"train.py"), "--out", str(tmp_path/"r")],
+    env["CACHEDB"] = str(tmp_path/"cache.db")
+    r = subprocess.run([sys.executable, str(ROOT/"train.py"), "--out", str(tmp_path/"r")],
                        capture_output=True, text=True, env={**os.environ, **env, "XDG_CACHE_HOME": str(tmp_path)})
     assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
 
-def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path):
-  command = [sys.executable, str(pathlib.Path(__file__).parent/"train.py"), *SMALL,
-             "--steps", "12", "--save-every", "2"]
-  log = tmp_path/"stopped"/"log.jsonl"
+@pytest.fixture
+def start():
+  """start(out, *flags): train.py as a program of its own, which may be stopped."""
+  programs = []
+  def begin(out, *flags, **env):
+    command = [sys.executable, str(ROOT/"train.py"), *SMALL, "--out", str(out), *map(str, flags)]
+    programs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                     env={**os.environ, **env}))
+    return programs[-1]
+  yield begin
+  for p in programs:
+    if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+
+def wait_for_lines(process, out, n):
+  """Until the log has more than n lines, or the program has ended."""
+  log = out/"log.jsonl"
+  while process.poll() is None and not (log.exists() and log.read_text().count("\n") > n): time.sleep(0.002)
+
+def saved_step(out): return json.loads(read_tensors(out/"last.safetensors")[1]["ddpm"])["step"]
+
+def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path, start):
+  stopped = tmp_path/"stopped"
   run(tmp_path/"whole", "--steps", 12, "--save-every", 2)
-  for lines, how in ((1, signal.SIGKILL), (4, signal.SIGINT)):  # stopped once the log has more lines than that
-    p = subprocess.Popen([*command, "--out", str(tmp_path/"stopped")], stderr=subprocess.PIPE, text=True)
-    while p.poll() is None and not (log.exists() and log.read_text().count("\n") > lines): time.sleep(0.002)
+  for lines, how in ((1, signal.SIGKILL), (4, signal.SIGINT)):
+    p = start(stopped, "--steps", 12, "--save-every", 2)
+    wait_for_lines(p, stopped, lines)
     p.send_signal(how)
     says = p.communicate()[1]
     if how == signal.SIGINT:  # Ctrl-C saves the step it is at
       assert p.returncode == 130 and "run the same command again" in says
-      assert (json.loads(unet.read_tensors(tmp_path/"stopped"/"last.safetensors")[1]["ddpm"])["step"]
-              == len(losses(tmp_path/"stopped")))
-  run(tmp_path/"stopped", "--steps", 12, "--save-every", 2)
-  assert (contents(tmp_path/"whole") == contents(tmp_path/"stopped")
-          and losses(tmp_path/"whole") == losses(tmp_path/"stopped"))
+      assert saved_step(stopped) == len(losses(stopped))
+  (stopped/".0123456789abcdef.tmp").write_bytes(b"what a killed run left")
+  run(stopped, "--steps", 12, "--save-every", 2)
+  assert contents(tmp_path/"whole") == contents(stopped) and losses(tmp_path/"whole") == losses(stopped)
+
+def test_a_run_that_is_told_to_end_saves_and_nobody_else_may_use_its_folder(tmp_path, start):
+  p = start(tmp_path, "--steps", 10**6, "--save-every", 10**6)
+  wait_for_lines(p, tmp_path, 2)
+  for flags in ((), ("--restart",)):
+    other = start(tmp_path, "--steps", 10**6, *flags)
+    says = other.communicate()[1]
+    assert other.returncode == 1 and f"{tmp_path} is in use" in says.splitlines()[-1] and "Traceback" not in says, says
+  for _ in "ab": os.killpg(p.pid, signal.SIGTERM)  # as timeout does: twice, and to every process of it
+  says = p.communicate()[1]
+  assert p.returncode == 143 and "saved: run the same command again" in says, says
+  done = saved_step(tmp_path)
+  assert done == len(losses(tmp_path)) > 2
+  run(tmp_path, "--steps", done + 2)
+  steps = [json.loads(line)["step"] for line in (tmp_path/"log.jsonl").read_text().splitlines()]
+  assert steps == list(range(1, done + 3))
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="elsewhere the first step may take minutes")
+def test_a_run_that_is_told_to_end_while_it_compiles(tmp_path, start):
+  """The processes that compile get the signal as well."""
+  p = start(tmp_path/"run", "--steps", 10**6, CACHEDB=str(tmp_path/"cache.db"))  # where nothing is compiled yet
+  def compiles():
+    there = subprocess.check_output(["ps", "-ax", "-o", "ppid=", "-o", "args="], text=True).splitlines()
+    return any(line.split()[0] == str(p.pid) and "spawn_main" in line for line in there)
+  while p.poll() is None and not compiles(): time.sleep(0.1)
+  time.sleep(1)
+  os.killpg(p.pid, signal.SIGTERM)
+  says = p.communicate(timeout=500)[1]
+  assert p.returncode == 143 and saved_step(tmp_path/"run") == 1, says
+
+def test_a_run_of_an_older_program_goes_on(tmp_path):
+  """It knew no flag that came later; such a flag had what is the default now."""
+  run(tmp_path/"a", "--steps", 4)
+  run(tmp_path/"b", "--steps", 2)
+  tensors, metadata = read_tensors(tmp_path/"b"/"last.safetensors")
+  meta = json.loads(metadata["ddpm"])
+  for young in ("times", "min_snr", "dequantize", "clip_x0", "drop_labels", "init", "anneal"): del meta["train"][young]
+  write_tensors(tmp_path/"b"/"last.safetensors", tensors, meta)
+  with pytest.raises(ValueError, match="anneal = 0, not 5"): run(tmp_path/"b", "--steps", 4, "--anneal", 5)
+  run(tmp_path/"b", "--steps", 4)
+  assert contents(tmp_path/"a") == contents(tmp_path/"b") and losses(tmp_path/"a") == losses(tmp_path/"b")
+
+def test_time_left_counts_hours_beyond_a_day(tmp_path, monkeypatch, capsys):
+  ticks = iter(range(0, 10**9, 100_000))  # between two looks at the clock there are 100,000 s
+  monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: next(ticks)}))
+  run(tmp_path, "--steps", 4)
+  left = {int(n): (int(h), m, s) for n, h, m, s in
+          re.findall(r"step +(\d)/4 .* (\d+):(\d\d):(\d\d) left", capsys.readouterr().err)}
+  assert left[4] == (0, "00", "00") and left[3][0] >= 27 and left[2][0] == 2 * left[3][0] + 1
+  assert left[3][0] * 3600 + int(left[3][1]) * 60 + int(left[3][2]) == 100_000
+
+# *** the log ***
+
+def write_log(path, steps):
+  with open(path, "w") as f:
+    for n in steps:
+      entry = {"step": n, "loss": 1/n, "smooth": 2/n, "grad_norm": 1., "lr": 1e-3, "bands": [1.]*4, "images_per_s": 9.9}
+      f.write(json.dumps(entry) + "\n")
+
+def test_what_is_kept_of_the_log_is_bounded_and_depends_on_the_steps_alone(tmp_path):
+  whole, path = [], tmp_path/"log.jsonl"
+  for n in range(1, 40_001):
+    train.add_point(whole, (n, 1/n, 2/n))
+    assert len(whole) <= 2000 and (n > 2000 or len(whole) == n)
+    if n in (1999, 2001, 7_000, 16_001, 40_000):  # the same as a run that goes on from here has it
+      write_log(path, range(1, n + 6))
+      before = path.read_text()
+      assert train.cut_log(path, n) == whole
+      assert path.read_text() == "".join(before.splitlines(keepends=True)[:n])
+  at = np.array([n for n, *_ in whole])
+  assert at[0] == 1 and len(at) > 1000 and len(set(np.diff(at))) == 1 and 40_000 - at[-1] < np.diff(at)[0]
+  assert whole[5][1:] == (1/at[5], 2/at[5])
+
+def test_a_long_log_is_not_read_into_memory(tmp_path):
+  write_log(tmp_path/"log.jsonl", range(1, 50_001))
+  tracemalloc.start()
+  try:
+    train.cut_log(tmp_path/"log.jsonl", 49_999)
+    assert tracemalloc.get_traced_memory()[1] < 2e6 < (tmp_path/"log.jsonl").stat().st_size
+  finally: tracemalloc.stop()
+
+@pytest.mark.parametrize("damage", ["", "no json\n", '{"step": 3}\n', '{"step": null}\n', "[]\n", "\0\xff\n"])
+def test_a_damaged_log_ends_where_the_damage_is(tmp_path, damage):
+  path = tmp_path/"log.jsonl"
+  write_log(path, (1, 2))
+  good = path.read_text()
+  path.write_bytes((good + damage).encode("latin-1"))
+  assert train.cut_log(path, 9) == [(1, 1.0, 2.0), (2, 0.5, 1.0)] and path.read_text() == good
+  path.unlink()
+  assert train.cut_log(path, 9) == [] and path.read_text() == ""
+
+# *** images of a folder ***
+
+def folder(path, side, n=3):
+  path.mkdir()
+  for i in range(n): Image.fromarray(rng(i).integers(0, 256, (side, side, 3), np.uint8)).save(path/f"{i}.png")
+  return str(path)
+
+class Enough(Exception): pass
+
+@pytest.mark.parametrize("side,flags,size", [
+  (50, [], 48), (512, [], 64), (50, ["--channel-mult", "1,2"], 50), (512, ["--image-size", "128"], 128)])
+def test_size_of_the_images_of_a_folder(tmp_path, monkeypatch, side, flags, size):
+  def state(config, devices):
+    assert config["image_size"] == size
+    raise Enough
+  monkeypatch.setattr(train, "State", state)
+  with pytest.raises(Enough): train.main(["--dataset", folder(tmp_path/"pictures", side), *flags])
+
+def test_a_folder_is_trained_on_at_the_size_that_is_said(tmp_path, capsys):
+  pictures = folder(tmp_path/"pictures", 13)
+  run(tmp_path/"run", "--dataset", pictures, "--image-size", 8, "--steps", 1)
+  assert "3 images of 3x8x8" in capsys.readouterr().err
+  assert checkpoint.load(tmp_path/"run"/"ema.safetensors")[0].config["image_size"] == 8
+  with pytest.raises(ValueError, match="image_size|images"):
+    run(tmp_path/"run", "--dataset", pictures, "--image-size", 12, "--steps", 2)
+  with pytest.raises(ValueError, match="50x50.*multiple of 4"):
+    run(tmp_path/"other", "--dataset", pictures, "--image-size", 50, "--channel-mult", "1,1,1")
+  with pytest.raises(ValueError, match="size.*glyphs"): run(tmp_path/"other", "--image-size", 8)
+
+# *** the rest ***
 
 def test_memory_does_not_grow():
   used = [seen[-1] for seen in step_once(steps=20)]
@@ -238,15 +407,15 @@ def test_memory_does_not_grow():
 def test_other_rows_of_table_2_and_labels(tmp_path, predict, loss, sigma):
   run(tmp_path, "--steps", 1, "--predict", predict, "--loss", loss, "--sigma", sigma, "--class-conditional",
       "--beta-1", 1e-3, "--beta-T", 0.3)
-  model, meta = unet.load(tmp_path/"ema.safetensors")
+  model, meta = checkpoint.load(tmp_path/"ema.safetensors")
   assert (meta["ddpm"] == {"T": 50, "beta_1": 1e-3, "beta_T": 0.3, "schedule": "linear", "sigma": sigma,
                            "predict": predict} and model.config["num_classes"] == 10)
 
 def test_a_run_can_begin_with_the_weights_of_another(tmp_path):
   run(tmp_path/"a", "--steps", 3)
-  before = unet.read_tensors(tmp_path/"a"/"ema.safetensors")[0]
+  before = read_tensors(tmp_path/"a"/"ema.safetensors")[0]
   run(tmp_path/"b", "--steps", 1, "--lr", 1e-9, "--init", tmp_path/"a")
-  raw = unet.read_tensors(tmp_path/"b"/"last.safetensors")[0]
+  raw = read_tensors(tmp_path/"b"/"last.safetensors")[0]
   for k, v in before.items():
     for key in ("raw", "ema"): close(raw[f"{key}.{k}"], v, atol=1e-6)
   with pytest.raises(ValueError, match="--init.*another network"):

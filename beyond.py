@@ -1,0 +1,165 @@
+"""What the paper does not measure: bits/dim by the probability-flow ODE, outliers, and the quality of samples without
+another network. evaluate.py's --ode, --against and --samples call it.
+"""
+import functools, math, os
+from collections.abc import Callable
+import numpy as np
+from PIL import Image
+from tinygrad import Tensor
+import data
+from ddpm import DDPM, Model
+from files.device import captured
+from files.estimates import choose, geometric, in_batches, tensors
+from files.pictures import picture
+from files.streams import stream
+
+# *** the likelihood of the probability-flow ODE ***
+
+def ode_log_density(ddpm:DDPM, model:Model, x:np.ndarray|Tensor, steps:int, seed:int=0, probes:int=1, batch:int=32,
+                    labels:np.ndarray|None=None, desc:str="", start:float=0.0, discrete:bool=False) -> Tensor:
+  """log p(x) of points x (n, C, H, W) in [-1, 1], by the instantaneous change of variables along the probability-flow
+  ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13 and 39): a Tensor (n,), nats. Twice `steps` calls of the model.
+
+  In y = x/√ᾱ and s = √(1−ᾱ)/√ᾱ, the noise's deviation in y, the ODE is dy/ds = ε_θ = (y − x̂_0)/s, and log p changes by
+  −tr ∂ε_θ/∂y ds = (tr ∂x̂_0/∂y − D) d log s: Heun's method for y, the trapezoidal rule in log s for log p, both exact
+  where x̂_0 stands still. The grid: see `ode_grid`. From start = 0 one step leads to t = 1 (the slope is 0 at s = 0 for
+  any bounded score); a higher start says that x bears noise of that deviation. discrete: see `on_levels`. The trace: by
+  Hutchinson's estimator with `probes` fixed signs for each image; exactly with probes=0, which costs D of them.
+  ValueError unless 1 <= steps <= T."""
+  x = np.asarray(x.numpy() if isinstance(x, Tensor) else x, np.float64)
+  if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
+  if not 1 <= steps <= ddpm.T: raise ValueError(f"steps must be a whole number from 1 to T = {ddpm.T}, not {steps}")
+  shape, D = x.shape[1:], x[0].size
+  if not (probes > 0 or probes == 0 and D <= 64): raise ValueError("probes must be 1 or more, or 0 if D is at most 64")
+  grid = ode_grid(ddpm, steps, start)
+  (first, _), (last, _) = grid[0], grid[-1]
+
+  def step(x:Tensor, s:Tensor, t:Tensor, vs:Tensor, *y:Tensor) -> tuple[Tensor, Tensor]:
+    x0_hat = ddpm.predict_x0(x, t, model(x, t, *y))
+    if discrete: x0_hat = on_levels(x0_hat, s)
+    # E vᵀJv = tr J, and vᵀJ is the gradient of v·x̂₀
+    traces = [(v * (v * x0_hat).sum().gradient(x)[0]).flatten(1).sum(1) for v in (vs[k] for k in range(vs.shape[0]))]
+    return x0_hat.realize(), (functools.reduce(Tensor.add, traces) / len(traces)).realize()
+  run = captured(step)
+
+  def probe(i:int) -> np.ndarray:
+    if not probes: return math.sqrt(D) * np.eye(D).reshape(D, *shape)
+    return stream(seed, "probes", i).integers(0, 2, (probes, *shape)) * 2.0 - 1
+
+  def flow(i:np.ndarray, tick:Callable) -> np.ndarray:
+    vs, label = np.stack([probe(j) for j in i], 1), None if labels is None else labels[i]
+    def slopes(y:np.ndarray, s:float, t:int) -> tuple[np.ndarray, np.ndarray]:  # dy/ds, −d log p/d log s
+      if s == 0: return 0 * y, np.zeros(len(y))
+      root = math.sqrt(1 + s * s)  # 1/√ᾱ
+      x0_hat, trace = run(*tensors(y / root, np.array([s]), np.full(len(y), t), vs, label))
+      tick(1)
+      return (y - x0_hat.numpy()) / s, D - trace.numpy().astype(np.float64) / root
+    y, log_p = x[i] * math.sqrt(1 + first**2), np.zeros(len(i))
+    for (s, t), (s_next, t_next) in zip(grid, grid[1:]):
+      eps, fall = slopes(y, s, t)
+      eps_next, fall_next = slopes(y + (s_next - s) * eps, s_next, t_next)
+      y = y + (s_next - s) / 2 * (eps + eps_next)
+      log_p = log_p + (fall + fall_next) / 2 * (math.log(s_next / s) if s else 1)  # from 0: ∫ tr ∂ε_θ/∂y ds, s·½ slope
+    # log p(x) = log N(x_T; 0, I) + ∫, and the volumes of x in y
+    x_T, volume = y / math.sqrt(1 + last**2), D / 2 * math.log((1 + first**2) / (1 + last**2))
+    return log_p + volume - ((x_T**2).reshape(len(x_T), -1).sum(1) + D * math.log(2 * math.pi)) / 2
+  log_p = in_batches(flow, len(x), batch, desc, 2 * (len(grid) - 1) - (not start))
+  if not np.isfinite(log_p).all(): raise ValueError("the log-density is not finite: the ODE has diverged")
+  return Tensor(log_p.astype(np.float32))
+
+def ode_grid(ddpm:DDPM, steps:int, start:float) -> list[tuple[float, int]]:
+  """The ODE's steps from noise of the deviation `start` in x to time T, where x is N(0, I): (s, t), the deviation in y
+  and the time at which the model is asked there.
+
+  Whole times that widen in a constant ratio. No model knows times below 1: up to the first whole time above `start` it
+  is asked for x̂_0 at that time."""
+  at, s_0 = np.sqrt(1 / ddpm.alpha_bar - 1), start / math.sqrt(1 - start**2)
+  first = max(1, int(np.searchsorted(at, s_0)))
+  below = max(1, round(steps * math.log(at[first] / s_0) / math.log(at[-1] / s_0))) if start else 1  # to time `first`
+  whole = geometric(ddpm.T, min(steps - below, ddpm.T - first), first) if steps > below else [ddpm.T]
+  s = [*(np.geomspace(s_0, at[first], below + 1)[:-1] if start else [0.0]), *at[whole]]
+  return list(zip(s, [first] * below + list(whole)))
+
+def on_levels(x0_hat:Tensor, s:Tensor) -> Tensor:
+  """x̂_0, the mean of x_0 given y = x_0 + s ε, where x_0 is known to be one of the 256 levels: a Tensor (B, C, H, W).
+
+  If log p(x_0) is straight across a few levels, p(x_0 | y) is N(x̂_0, s²), and on the levels the mean of those that it
+  weights. Nothing changes for s beyond a level's width; for a small s it is the nearest level. Within [-1, 1]."""
+  k, width = (x0_hat + 1) * 127.5, 127.5 * s
+  nearest = k.detach().round()
+  j = Tensor(np.arange(-4, 5, dtype=np.float32), device=k.device)
+  weight = (-((k - nearest).unsqueeze(-1) - j).square() / (2 * width.square())).softmax(-1)
+  k = (width < 0.75).where(nearest + (weight * j).sum(-1), k)
+  return (k / 127.5 - 1).clip(-1, 1)
+
+def dequantized(k:np.ndarray, seed:int=0, discrete:bool=False) -> tuple[np.ndarray, float, np.ndarray]:
+  """Points x (n, C, H, W) in the bins of the levels k, the deviation of what was added, log q(x | k) (n,), nats.
+
+  The bin of a level is 2/255 wide. Evenly over it or, if discrete, by N(0, (1/765)²) kept within it, where the bins
+  of 0 and 255 are open to the outside, as in Eq. 13 (not in the paper; Zheng et al. 2023, arXiv:2305.03935)."""
+  draws = [stream(seed, "dequantization", i) for i in range(len(k))]
+  if not discrete:
+    u = np.stack([draw.random(k.shape[1:]) for draw in draws]) * 2 - 1
+    return data.scaled(k) + u / 255, 1 / 255 / math.sqrt(3), np.full(len(k), -k[0].size * math.log(2 / 255))
+  sd, u = 1 / 765, np.zeros(k.shape)
+  for v, level, draw in zip(u, k, draws):
+    wrong = np.ones(v.shape, bool)
+    while wrong.any():
+      v[wrong] = draw.standard_normal(wrong.sum())
+      wrong = (v > 3) & (level < 255) | (v < -3) & (level > 0)
+  inside = np.where((k == 0) | (k == 255), (1 + math.erf(4.5**0.5)) / 2, math.erf(4.5**0.5))  # its mass in the bin
+  log_q = -u**2 / 2 - math.log(math.sqrt(2 * math.pi) * sd) - np.log(inside)
+  return data.scaled(k) + sd * u, sd, log_q.reshape(len(k), -1).sum(1)
+
+def ode_bpd(ddpm:DDPM, model:Model, x0:np.ndarray|Tensor, steps:int, seed:int=0, discrete:bool=False,
+            **options) -> Tensor:
+  """bits/dim of uint8 images by the probability-flow ODE with dequantization: a Tensor (n,).
+
+  x0 uint8, or float on the 256 levels. A level's probability is that of its bin: as log ∫ p >= ∫ q log p/q, the mean
+  over draws of log q(x) − log p(x) is an upper bound on the discrete model's bits/dim, whatever q: see `dequantized`.
+  The flow starts at the noise level of this spreading. discrete: the flow knows of the 256 levels, as the decoder of
+  Eq. 13 does: see `on_levels`. options: of ode_log_density."""
+  x, start, log_q = dequantized(k := data.levels(x0), seed, discrete)
+  log_p = ode_log_density(ddpm, model, x, steps, seed, start=start, discrete=discrete, **options)
+  return (Tensor(log_q.astype(np.float32)) - log_p) / (k[0].size * math.log(2))
+
+# *** outliers ***
+
+def auc(inside:np.ndarray, outside:np.ndarray) -> float:
+  """Area under the ROC curve of a score that should be larger outside: P(outside > inside), ties count half."""
+  inside = np.sort(inside)
+  return float((np.searchsorted(inside, outside) + np.searchsorted(inside, outside, "right")).mean() / 2 / len(inside))
+
+def contrast(name:str, images:np.ndarray, split:str="test", seed:int=0, data_dir:str|None=None) -> np.ndarray:
+  """As many images to tell from `images`: "inverted", "shifted" (a quarter to the right and down, around the edge), or
+  from another dataset, resized and in gray or colour as these. uint8 (n, C, H, W), or fewer if there are no more."""
+  n, c, h, w = images.shape
+  if name == "inverted": return 255 - images
+  if name == "shifted": return np.roll(images, (h // 4, w // 4), (2, 3))
+  others = data.load(name, split, data_dir)[0]
+  pictures = [picture(others[i]).convert("L" if c == 1 else "RGB").resize((w, h), Image.Resampling.BICUBIC)
+              for i in choose(len(others), n, seed, "other images")]
+  return np.stack([np.asarray(x).reshape(h, w, c).transpose(2, 0, 1) for x in pictures])
+
+# *** the quality of samples ***
+
+def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int=0) -> float:
+  """How far two sets of images (n, C, H, W) uint8 are apart: 0 if alike, on the scale 0..255.
+
+  √ of the mean of W₂² over random directions and dimensions (Bonneel et al. 2015): along a direction both sets are
+  numbers, and W₂ compares their sorted values, here 500 quantiles of each. It sees pixels, not meaning: FID, by tools
+  that read sample.py's --npz, is what papers quote.
+  """
+  v = stream(seed, "directions").standard_normal((a[0].size, directions)).astype(np.float32)
+  v /= np.linalg.norm(v, axis=0)
+  def along(x:np.ndarray) -> np.ndarray:
+    return np.quantile(x.reshape(len(x), -1).astype(np.float32) @ v, (np.arange(500) + 0.5) / 500, axis=0)
+  return float(np.sqrt(np.square(along(a) - along(b)).mean()))
+
+def read_npz(path:str|os.PathLike) -> np.ndarray:
+  """The images (n, C, H, W) of sample.py's --npz. ValueError, in one sentence, for any other file."""
+  try: x = np.load(path, allow_pickle=False)["arr_0"]
+  except OSError as e: raise OSError(f"cannot read {path}: {e.strerror or 'it is no .npz file'}") from e
+  except Exception as e: raise ValueError(f"{path} is no .npz file with the array arr_0: {e}") from e
+  if x.ndim != 4 or x.dtype != np.uint8 or not len(x): raise ValueError(f"{path} holds no uint8 images (n, H, W, C)")
+  return x.transpose(0, 3, 1, 2)

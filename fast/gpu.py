@@ -1,0 +1,202 @@
+"""The operations that unet.py marks `@quick`, for devices with thousands of threads: products on tensor cores where there
+are some, in few kernels and few passes over memory. Padding, SiLU and additions are left to tinygrad, which fuses them with
+what makes or reads them; sums and products are in float32, whatever the type of x."""
+from __future__ import annotations
+import functools, math
+from fast.schedules import divisor, group_opts, scheduled
+from tinygrad import Tensor, dtypes, function
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+
+def loops(sizes:tuple[int, ...], first:int=0, kind:AxisType=AxisType.WEAK) -> tuple[list[UOp], list[UOp]]:
+  """An index for each size, and the ranges of those that are no constant 0."""
+  ranges = [UOp.range(n, first+a, kind) if n > 1 else None for a, n in enumerate(sizes)]
+  return [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges], [r for r in ranges if r is not None]
+
+def kernel(name:str, y:UOp, sizes:tuple[int, ...], reduced:tuple[int, ...], term, after=lambda at, total: total,
+           opts:tuple|None=None) -> UOp:
+  """y[at] = after(at, Σ term(at, inner)) for all `at` below `sizes`, inner below `reduced`."""
+  at, outer = loops(sizes)
+  inner, summed = loops(reduced, len(sizes), AxisType.REDUCE)
+  value = term(at, inner).cast(dtypes.float32)
+  total = after(at, value.reduce(*summed, arg=Ops.ADD) if summed else value)
+  return y[tuple(at)].store(total.cast(y.dtype)).end(*outer).sink(arg=KernelInfo(name, opts_to_apply=opts))
+
+def product_of(device:str, name:str, y:UOp, sizes:tuple[int, ...], reduced:tuple[int, ...], pair, after=lambda at, total: total) -> UOp:
+  """y[at] = after(at, Σ a · b), a, b = pair(at, inner): on tensor cores, or where they do not fit in float32."""
+  def low(at, inner): return (p := pair(at, inner))[0] * p[1]
+  def full(at, inner): return (p := pair(at, inner))[0].cast(dtypes.float32) * p[1].cast(dtypes.float32)
+  made = scheduled(kernel(name, y, sizes, reduced, low, after), device)
+  return kernel(name, y, sizes, reduced, full, after) if made is None else made
+
+def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=None) -> Tensor:
+  """The output of a kernel; it lies like the first input, on one device or along its first axis on several."""
+  device = inputs[0].device
+  out = Tensor.empty(*shape, dtype=dtype, device=device) if isinstance(device, str) else \
+    Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], dtype=dtype, device=device).uop.unshard(axis=0))
+  return out.custom_kernel(*inputs, fxn=fxn, grad_fxn=grad_fxn)[0]
+
+def first(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.device[0]
+
+# *** convolution: y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] ***
+
+def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device:str) -> UOp:
+  """flipped: with the kernel turned around and its input and output exchanged, w[k−1−i, k−1−j, o, c]: the gradient of x."""
+  sizes, k = y.shape, w.shape[0]
+  reduced = (k, k, x.shape[3])
+  def pair(at, inner):
+    (b, h, v, o), (i, j, c) = at, inner
+    return x[b, h*stride+i, v*stride+j, c], w[k-1-i, k-1-j, o, c] if flipped else w[i, j, c, o]
+  def plus(at, total):
+    for a in adds: total = total + a[tuple(i if n > 1 else 0 for i, n in zip(at, a.shape))].cast(dtypes.float32)
+    return total
+  return product_of(device, f"conv{k}_{sizes[1]}x{sizes[2]}_{x.shape[3]}_{sizes[3]}", y, sizes, reduced, pair, plus)
+
+def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
+  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o] over the images b of group n; g has a border of p to skip."""
+  (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
+  reduced = (B//G, H-2*p, W-2*p)
+  def pair(at, inner):
+    (n, i, j, c, o), (b, h, v) = at, inner
+    return x[n*(B//G)+b, h*stride+i, v*stride+j, c], g[n*(B//G)+b, h+p, v+p, o]
+  return product_of(device, f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}", dw, dw.shape, reduced, pair)
+
+def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
+  """unet.convolve."""
+  return conv_function(stride, len(adds))(x, w, *adds)[0]
+
+@functools.cache
+def conv_function(stride:int, n:int):
+  """(x, w, n adds) -> y and x with its border, which the gradient of w needs."""
+  def forward(x:Tensor, w:Tensor, *adds:Tensor) -> tuple[Tensor, Tensor]:
+    (B, S, _, C), k, O = x.shape, w.shape[0], w.shape[3]
+    lo, hi = (k//2, k//2) if stride == 1 else (0, 1)
+    xp = x.pad((None, (lo, hi), (lo, hi), None))
+    part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
+    return launch(part, (B, S//stride, S//stride, O), x.dtype, xp, w.cast(x.dtype), *adds), xp
+
+  def backward(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    x, w, *adds = [Tensor(u) for u in call.src[1:3+n]]
+    xp, g, device = Tensor(call.gettuple(1)), Tensor(g).cast(x.dtype), first(x)
+    (B, S, _, C), (_, H, _, O), k, low = x.shape, g.shape, w.shape[0], w.cast(x.dtype)
+    p = k//2 if stride == 1 else 0
+    gp = g.pad((None, (p, p), (p, p), None))
+    if stride == 1:
+      dx = launch(functools.partial(conv_kernel, stride=1, flipped=True, device=device), (B, S, S, C), x.dtype, gp, low)
+    else:  # dx[2u+p] = Σₐ g[u−a] w[2a+p]: a convolution with 2x2 taps whose output channels are the 2x2 phases p
+      taps = low.pad(((0, 1), (0, 1), None, None)).reshape(2, 2, 2, 2, C, O).flip((0, 2)).permute(0, 2, 5, 1, 3, 4)
+      dx = launch(functools.partial(conv_kernel, stride=1, flipped=False, device=device), (B, H, H, 4*C), x.dtype,
+                  g.pad((None, (1, 0), (1, 0), None)), taps.reshape(2, 2, O, 4*C))
+      dx = dx.reshape(B, H, H, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(B, S, S, C)
+    groups = divisor(B, 8)  # sums of groups of images, then over the groups: enough threads for every shape
+    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=device), (groups, *w.shape), dtypes.float32, xp, gp)
+    images = columns(gp)    # the border is zeros
+    def da(a:Tensor) -> UOp:
+      if a.shape == g.shape: return g.uop
+      return (images if a.shape[0] == B and B > 1 else images.sum(0)).reshape(a.shape).cast(a.dtype).uop
+    return dx.uop, dw.sum(0).uop, *map(da, adds), *(None for _ in call.src[3+n:])  # what the function itself allocates
+  return function(forward, allow_implicit=True, grad_fxn=backward)
+
+def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
+  """unet.linear, as a convolution of one pixel."""
+  return convolve(x.reshape(x.shape[0], 1, 1, -1), w[None, None], b.reshape(1, 1, 1, -1)).reshape(x.shape[0], -1)
+
+# *** sums over the pixels ***
+
+def column_kernel(y:UOp, *xs:UOp, value, name:str) -> UOp:
+  """y[..., a, c] = Σ_r value(at, r, *xs)"""
+  R = xs[0].shape[1]
+  return kernel(f"{name}_{R}_{y.shape[-1]}", y, y.shape, (R,), lambda at, inner: value(at, inner[0], *xs))
+
+def columns(x:Tensor) -> Tensor:
+  """(B,H,W,C) -> (B,C): sums over the pixels."""
+  B, H, W, C = x.shape
+  return launch(functools.partial(column_kernel, value=lambda at, r, x: x[at[0], r, at[1]], name="sum"), (B, C), dtypes.float32,
+                x.reshape(B, H*W, C))
+
+# *** GroupNorm, then SiLU: z = (x − μ)/σ · weight + bias ***
+
+def statistic_kernel(y:UOp, x:UOp, *mean:UOp, device:str) -> UOp:
+  """μ[b,g] of the group's channels and pixels; with it given, 1/σ[b,g]."""
+  (_, R, C), n = x.shape, x.shape[2]//y.shape[1]
+  def term(at, inner):
+    v = x[at[0], inner[0], at[1]*n + inner[1]].cast(dtypes.float32)
+    return v if not mean else (v - mean[0][at[0], at[1]]) * (v - mean[0][at[0], at[1]])
+  def after(at, total): return total / (R*n) if not mean else (total / (R*n) + 1e-6).rsqrt()
+  return kernel(f"{'deviation' if mean else 'mean'}_{R}_{C}", y, y.shape, (R, n), term, after, group_opts(device, R))
+
+def gradient_sums(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, weight:UOp, bias:UOp, silu:bool, device:str) -> UOp:
+  """y[0,b,c] = Σ_r g f'(z), y[1,b,c] = Σ_r g f'(z) d: sums over the pixels, d = (x − μ)/σ, z = d · weight + bias, f SiLU."""
+  (_, R, C), n = x.shape, x.shape[2]//mean.shape[1]
+  def term(at, inner):
+    (q, b, c), (r,) = at, inner
+    d = (x[b, r, c].cast(dtypes.float32) - mean[b, c//n]) * rstd[b, c//n]
+    v = g[b, r, c].cast(dtypes.float32)
+    if silu: v = v * silu_slope(d * weight[c] + bias[c])
+    return v * q.eq(0).where(UOp.const(1.0, dtypes.float32), d)
+  return kernel(f"norm_gradient_{R}_{C}", y, y.shape, (R,), term, opts=group_opts(device, R))
+
+def silu_slope(z): return (s := z.sigmoid()) * (1 + z * (1 - s))
+
+def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True) -> Tensor:
+  """unet.group_norm."""
+  return norm_function(groups, silu)(x, weight, bias)[0]
+
+@functools.cache
+def norm_function(groups:int, silu:bool):
+  """(x, weight, bias) -> f(z), μ and 1/σ."""
+  def spread(v:Tensor, C:int) -> Tensor:  # (B,G) -> (B,1,1,C)
+    return v.reshape(v.shape[0], 1, 1, groups, 1).expand(v.shape[0], 1, 1, groups, C//groups).reshape(v.shape[0], 1, 1, C)
+  def forward(x:Tensor, weight:Tensor, bias:Tensor) -> tuple[Tensor, ...]:
+    (B, H, W, C), part = x.shape, functools.partial(statistic_kernel, device=first(x))
+    flat = x.reshape(B, H*W, C)
+    mean = launch(part, (B, groups), dtypes.float32, flat)
+    rstd = launch(part, (B, groups), dtypes.float32, flat, mean)
+    z = (x.float() - spread(mean, C)) * (spread(rstd, C) * weight) + bias
+    return (z.silu() if silu else z).cast(x.dtype), mean, rstd
+  def backward(g:UOp, call:UOp) -> tuple[UOp, ...]:
+    x, weight, bias = [Tensor(u) for u in call.src[1:4]]
+    g, mean, rstd, (B, H, W, C) = Tensor(g).cast(x.dtype), Tensor(call.gettuple(1)), Tensor(call.gettuple(2)), x.shape
+    sums = launch(functools.partial(gradient_sums, silu=silu, device=first(x)), (2, B, C), dtypes.float32,
+                  g.reshape(B, H*W, C), x.reshape(B, H*W, C), mean, rstd, weight, bias)
+    means = ((sums * weight).reshape(2, B, groups, -1).sum(3) / (H*W*C//groups)).contiguous()
+    d, v = (x.float() - spread(mean, C)) * spread(rstd, C), g.float()
+    if silu: v = v * silu_slope(d * weight + bias)
+    dx = (v * weight - spread(means[0], C) - d * spread(means[1], C)) * spread(rstd, C)
+    return dx.cast(x.dtype).uop, sums[1].sum(0).uop, sums[0].sum(0).uop, *(None for _ in call.src[4:])
+  return function(forward, allow_implicit=True, grad_fxn=backward)
+
+# *** attention: softmax(q kᵀ / √C) v ***
+
+def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
+  """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]."""
+  reduced = (a.shape[1 if rows else 2],)
+  def pair(at, inner):
+    (n, i, j), (r,) = at, inner
+    return a[n, r, i] if rows else a[n, i, r], b[n, j, r] if cols else b[n, r, j]
+  return product_of(device, f"product_{y.shape[1]}_{y.shape[2]}_{reduced[0]}", y, y.shape, reduced, pair,
+                    lambda at, total: total * scale)
+
+def product(a:Tensor, b:Tensor, dtype:DType, rows:bool=False, cols:bool=False, scale:float=1.) -> Tensor:
+  shape = (a.shape[0], a.shape[2 if rows else 1], b.shape[1 if cols else 2])
+  return launch(functools.partial(product_kernel, rows=rows, cols=cols, scale=scale, device=first(a)), shape, dtype, a, b)
+
+def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
+  """unet.attention."""
+  return attention_function(q, k, v)[0]
+
+def attention_backward(g:UOp, call:UOp) -> tuple[UOp, ...]:
+  (q, k, v), p, g, scale = [Tensor(u) for u in call.src[1:4]], Tensor(call.gettuple(1)), Tensor(g), call.src[1].shape[2]**-0.5
+  g = g.cast(q.dtype)
+  dp = product(g, v, dtypes.float32, cols=True)
+  ds = (p.float() * (dp - (dp * p.float()).sum(2, keepdim=True).contiguous())).cast(q.dtype)  # the softmax's
+  return (product(ds, k, q.dtype, scale=scale).uop, product(ds, q, q.dtype, rows=True, scale=scale).uop,
+          product(p, g, q.dtype, rows=True).uop, *(None for _ in call.src[4:]))
+
+@functools.partial(function, allow_implicit=True, grad_fxn=attention_backward)
+def attention_function(q:Tensor, k:Tensor, v:Tensor) -> tuple[Tensor, Tensor]:
+  """-> the output and p = softmax(q kᵀ / √C), (B,N,N)."""
+  s = product(q, k, dtypes.float32, cols=True, scale=q.shape[2]**-0.5)
+  e = (s - s.max(2, keepdim=True).contiguous()).exp()
+  p = (e / e.sum(2, keepdim=True).contiguous()).cast(q.dtype)
+  return product(p, v, q.dtype), p

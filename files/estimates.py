@@ -1,0 +1,30 @@
+"""What the estimates of evaluate.py and beyond.py share: a choice of images, batches, times in a constant ratio."""
+from collections.abc import Callable
+import numpy as np
+from tinygrad import Tensor
+from tinygrad.helpers import tqdm
+from files.streams import stream
+
+def choose(total:int, n:int, seed:int, use:str) -> np.ndarray:
+  """n of the indices below `total`, in order, or all if there are fewer. use: a word of `stream`."""
+  return np.sort(stream(seed, use).choice(total, min(n, total), replace=False))
+
+def tensors(*arrays:np.ndarray|None) -> list[Tensor]:
+  """The arrays, but for those that are None, as realized float32 or int32 tensors: what a captured step takes."""
+  return [Tensor(a.astype(np.float32 if a.dtype.kind == "f" else np.int32)).realize() for a in arrays if a is not None]
+
+def in_batches(step:Callable[[np.ndarray, Callable], np.ndarray], n:int, size:int, desc:str="",
+               rounds:int=1) -> np.ndarray:
+  """step(i, tick) -> (..., size) over all i of 0..n-1, `size` at a time: (..., n). The last batch, filled up with n-1,
+  is cut. desc: a bar with the time left, if stderr is a terminal; step calls tick(1) `rounds` times."""
+  size = min(size, n)
+  starts = range(0, n, size)
+  with tqdm(total=len(starts) * rounds, desc=desc, disable=None if desc else True) as bar:
+    parts = [step(np.minimum(np.arange(k, k + size), n - 1), bar.update) for k in starts]
+  return np.concatenate(parts, -1)[..., :n]
+
+def geometric(T:int, n:int, first:int=1) -> np.ndarray:
+  """n + 1 whole numbers from `first` to T, each above the one before, in a constant ratio as far as that allows."""
+  g = [first]
+  for left in range(n, 0, -1): g.append(max(g[-1] + 1, round(g[-1] * (T / g[-1]) ** (1 / left))))
+  return np.array(g)
