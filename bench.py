@@ -1,108 +1,207 @@
-"""The speed of one training step (Algorithm 1) and of one sampling step (Algorithm 2).
+"""The speed of one training step (Algorithm 1) and of one sampling step (Algorithm 2), on the device that is here; or, with
+--target, what both would be on a card that is not: compiled whole, counted, and nothing executed.
 
-python bench.py --preset mnist --batch 32"""
-import argparse, json, statistics, sys, time
+  python bench.py --preset mnist --batch 32
+  python bench.py --preset cifar10 --batch 128 --dtype bfloat16 --target CUDA:sm_90 --json
+"""
+from __future__ import annotations
+import argparse, concurrent.futures, dataclasses, importlib.util, json, os, re, statistics, subprocess, sys, tempfile, time
+from collections.abc import Callable
+from pathlib import Path
 import numpy as np
-from tinygrad import Device, GlobalCounters, Tensor, TinyJit, helpers
-from tinygrad.uop.ops import Ops
+from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers
+from tinygrad.uop.ops import Ops, UOp
 import train, unet
 from ddpm import DDPM
+from files.device import captured, open_device
+from files.terminal import number, run
 
 SHAPES = {"glyphs": (1, 16), "mnist": (1, 28), "cifar10": (3, 32)}
+# What a card can do at best, by its data sheet (NVIDIA H100 SXM, A100 SXM; dense): operations a second on tensor cores in
+# 16 bits and in TF32, operations a second outside of them, bytes a second.
+RATES = {"sm_90": (989e12, 494e12, 67e12, 3.35e12), "sm_80": (312e12, 156e12, 19.5e12, 2.04e12)}
+
+# *** what is measured or counted: one training step, one sampling step ***
+
+def training_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:tuple[int, ...]) -> tuple[Callable, Callable]:
+  """(the captured step, a function that takes one)."""
+  step, n = train.make_step(state, ddpm, a), iter(range(1, 10**9))
+  images, labels = np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.zeros(len(shape), np.int32)
+  labels = np.zeros(shape[0], np.int32)
+  def once():
+    x, t, eps, y, seeds = train.draw(a, images, labels, 0, i := next(n))
+    h = np.array([0, 1, *train.hyper(a, i)], np.float32)
+    step(*(state.lay(v).realize() for v in (x, t, eps, y)), *(state.lay(v, axis=None).realize() for v in (seeds[0], h)))
+  return step, once
+
+def sampling_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:tuple[int, ...]) -> tuple[Callable, Callable]:
+  model = unet.lower(state.average, getattr(dtypes, a.dtype))
+  def step(x:Tensor, t:Tensor, z:Tensor) -> Tensor: return ddpm.p_sample(model, x, t, z).realize()
+  jit, rng = captured(step), np.random.default_rng(0)
+  x, t = (state.lay(v).realize() for v in (rng.standard_normal(shape, np.float32), np.full(shape[0], ddpm.T, np.int32)))
+  return jit, lambda: jit(x, t, state.lay(rng.standard_normal(shape, np.float32)).realize())
 
 def forward_flops(model:unet.UNet, batch:int) -> int:
-  """Multiplications and additions of all convolutions and matrix products of one forward pass.
-
-  Counted from their shapes alone."""
-  count, convolve = [0], unet.convolve
-  def counted(x, w, *adds, stride=1, lo=0, hi=0):
-    H, W = [(n+lo+hi-w.shape[-3])//stride+1 for n in x.shape[1:3]]
-    count[0] += 2 * x.shape[0]*H*W * w.shape[-3]**2 * w.shape[-2]*w.shape[-1]
-    return convolve(x, w, *adds, stride=stride, lo=lo, hi=hi)
-  unet.convolve = counted
-  try: model(Tensor.empty(batch, model.config["in_channels"], *(model.config["image_size"],)*2),
-             Tensor.ones(batch, dtype="int32"))
-  finally: unet.convolve = convolve
+  """Multiplications and additions of all products of one forward pass, counted from their shapes alone."""
+  count, operations = [0], {name: getattr(unet, name) for name in ("convolve", "linear", "attention")}
+  def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
+    count[0] += 2 * x.shape[0] * (x.shape[1]//stride)**2 * w.numel()
+    return operations["convolve"](x, w, *adds, stride=stride)
+  def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
+    count[0] += 2 * x.shape[0] * w.numel()
+    return operations["linear"](x, w, b)
+  def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
+    count[0] += 4 * q.shape[0] * q.shape[1]**2 * q.shape[2]
+    return operations["attention"](q, k, v)
+  vars(unet).update(convolve=convolve, linear=linear, attention=attention)
+  c = model.config
+  try: model(Tensor.empty(batch, c["in_channels"], c["image_size"], c["image_size"]), Tensor.ones(batch, dtype="int32"))
+  finally: vars(unet).update(operations)
   return count[0]
 
-def measure(call, jit:TinyJit, repeats:int, desc:str) -> dict:
+def kernels(step:Callable) -> list[UOp]:
+  """The compiled kernels of a captured step in their order; where the device runs them in batches, those inside."""
+  calls = [c for call in step.jit.captured.linear.src                                 # type: ignore[attr-defined]
+           for c in (call.src[0].src[0].src if call.src[0].op is Ops.CUSTOM_FUNCTION else [call])]
+  return [c.src[0] for c in calls if c.src[0].op is Ops.PROGRAM]
+
+# *** on the device that is here ***
+
+def measure(step:Callable, once:Callable, repeats:int, desc:str) -> dict:
   """Seconds of the first call and the median of `repeats` later ones; kernels and executed operations of one."""
   def timed() -> float:
     GlobalCounters.reset()
     start = time.perf_counter()
-    call()
+    once()
     Device[Device.DEFAULT].synchronize()
     return time.perf_counter() - start
   print(f"{desc}: compiling ...", file=sys.stderr)
   first = timed()
   timed()
   later = [timed() for _ in helpers.trange(repeats, desc=desc)]
-  # a call is one kernel or, where the device runs them in batches, a graph of several
-  kernels = sum(len(c.src[0].src[0].src) if c.src[0].op is Ops.CUSTOM_FUNCTION else 1 for c in jit.captured.linear.src)
-  return dict(first=first, median=statistics.median(later), fastest=min(later), slowest=max(later),
-              kernels=kernels, ops=GlobalCounters.global_ops)
+  made = kernels(step)
+  return dict(first=first, median=statistics.median(later), fastest=min(later), slowest=max(later), kernels=len(made),
+              distinct=len({sources(p) for p in made}), ops=GlobalCounters.global_ops)
 
-def main(argv:list[str]|None=None):
-  p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-  p.add_argument("--preset", choices=SHAPES, default="mnist", help="the network of train.py's preset")
-  p.add_argument("--batch", type=int, default=32, help="images per step")
-  p.add_argument("--repeats", type=int, default=10, help="steps measured; the median counts")
-  p.add_argument("--json", action="store_true", help="end with one line of JSON")
-  b = p.parse_args(argv)
-  for flag in ("batch", "repeats"):
-    if not 1 <= getattr(b, flag) <= 2**20:
-      raise ValueError(f"--{flag} {getattr(b, flag)} is out of range: it must lie in 1..{2**20}")
-  device, (C, S) = unet.device(), SHAPES[b.preset]
-  a = train.arguments(["--dataset", b.preset, "--batch", str(b.batch)])
-  config = dict(in_channels=C, channels=a.channels, channel_mult=a.channel_mult, num_res_blocks=a.num_res_blocks,
-                attn_resolutions=a.attn, dropout=a.dropout, image_size=S, norm_groups=a.norm_groups,
-                num_classes=0, seed=0)
+def here(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:tuple[int, ...]):
+  device = open_device()
   start = time.perf_counter()
-  ddpm, state = DDPM(), train.State(config, (device,))
+  ddpm, state = DDPM(), train.State(config, (device,), getattr(dtypes, b.dtype))
   setup = time.perf_counter() - start
-  rng = np.random.default_rng(0)
-  lay = lambda v: state.lay(v).realize()
-  images = rng.integers(0, 256, (b.batch, C, S, S), np.uint8)
-  step = train.make_step(state, ddpm, a)
-  n = [0]
-  def train_step():
-    n[0] += 1
-    x, t, eps, y, seeds = train.draw(a, images, np.zeros(b.batch, np.int32), 0, n[0])
-    step(*map(lay, (x, t, eps, y, seeds[0], np.array([0, 1, *train.hyper(a, n[0])], np.float32))))[1].item()
-  training = measure(train_step, step, b.repeats, "training step")
+  training = measure(*training_step(state, ddpm, a, shape), b.repeats, "training step")
   memory = GlobalCounters.mem_used
-
-  def one(x:Tensor, t:Tensor, z:Tensor) -> Tensor: return ddpm.p_sample(state.average, x, t, z).realize()
-  jit = TinyJit(one)
-  jit.cnt = 1  # see train.make_step
-  x, t = lay(rng.standard_normal(images.shape, np.float32)), lay(np.full(b.batch, ddpm.T, np.int32))
-  sampling = measure(lambda: jit(x, t, lay(rng.standard_normal(images.shape, np.float32))), jit, b.repeats,
-                     "sampling step")
-
-  flops = forward_flops(state.model, b.batch)
+  sampling = measure(*sampling_step(state, ddpm, a, shape), b.repeats, "sampling step")
+  flops = forward_flops(unet.UNet(**config), b.batch)
   result = dict(
-    preset=b.preset, batch=b.batch, device=device, setup_s=setup,
+    preset=b.preset, batch=b.batch, dtype=b.dtype, device=device, setup_s=setup,
     first_step_s=training["first"], step_s=training["median"],
     step_fastest_s=training["fastest"], step_slowest_s=training["slowest"],
     train_images_per_s=b.batch/training["median"], train_gflops=3*flops/training["median"]/1e9,
-    executed_over_needed=training["ops"]/(3*flops), kernels=training["kernels"],
+    executed_over_needed=training["ops"]/(3*flops), kernels=training["kernels"], distinct_kernels=training["distinct"],
     sample_first_step_s=sampling["first"], sample_step_s=sampling["median"],
     sample_images_per_s=b.batch/sampling["median"], sample_gflops=flops/sampling["median"]/1e9,
     sample_kernels=sampling["kernels"], peak_memory_bytes=max(memory, GlobalCounters.mem_used),
     parameters=state.size, unet=config)
-  print(f"{b.preset}: {state.size:,} parameters, batch {b.batch}, on {device}; "
+  print(f"{b.preset}: {state.size:,} parameters, batch {b.batch}, {b.dtype}, on {device}; "
         f"{3*flops/1e9:.1f} GFLOP a training step by the network's shapes\n"
         f"set-up           {setup:8.2f} s\n"
         f"training step    {training['median']*1e3:8.1f} ms   first {training['first']:.1f} s   "
         f"{result['train_images_per_s']:.1f} images/s   {result['train_gflops']:.1f} GFLOP/s   "
-        f"{training['kernels']} kernels   executed/needed {result['executed_over_needed']:.2f}\n"
+        f"{training['kernels']} kernels, {training['distinct']} distinct   "
+        f"executed/needed {result['executed_over_needed']:.2f}\n"
         f"sampling step    {sampling['median']*1e3:8.1f} ms   first {sampling['first']:.1f} s   "
         f"{result['sample_images_per_s']:.1f} images/s   {result['sample_gflops']:.1f} GFLOP/s   "
         f"{sampling['kernels']} kernels\n"
         f"device memory    {result['peak_memory_bytes']/2**20:8.1f} MiB")
   if b.json: print(json.dumps(result))
 
-if __name__ == "__main__":
-  try: main()
-  except (ValueError, OSError, RuntimeError) as e: sys.exit(f"bench.py: {e}")
-  except KeyboardInterrupt: sys.exit(130)
+# *** on a card that is not here ***
+
+def open_target(target:str) -> tuple[str, Path]:
+  """Makes tinygrad's NULL device, which compiles and runs nothing, compile for CUDA: (architecture, path of ptxas).
+
+  The compiler comes from the wheels of requirements-gpu.txt. RuntimeError where they are missing."""
+  kind, _, arch = target.partition(":")
+  if kind != "CUDA" or arch not in RATES:
+    raise ValueError(f"--target {target}: only {' and '.join(f'CUDA:{a}' for a in RATES)} can be compiled without a card")
+  spec = importlib.util.find_spec("nvidia")
+  found = [Path(p, "cu13") for p in (spec.submodule_search_locations if spec else None) or ()]
+  folder = next((f for f in found if (f/"bin"/"ptxas").is_file() and list(f.glob("lib/libnvrtc.so.*"))), None)
+  if not folder: raise RuntimeError("--target needs NVIDIA's compiler, not its card: pip install -r requirements-gpu.txt")
+  os.environ.update(NVRTC_PATH=str(next(folder.glob("lib/libnvrtc.so.*"))), CUDA_PATH=str(folder))
+  os.environ["DEV"] = helpers.DEV.value = f"NULL:{target}"
+  helpers.NULL_ALLOW_COPYOUT.value = 1
+  renderer = Device["NULL"].renderer
+  renderer.target = dataclasses.replace(renderer.target, device="CUDA")  # or TF32 would be taken, as it is not on CUDA
+  renderer.compiler.ptx = True
+  return arch, folder/"bin"/"ptxas"
+
+def sources(program:UOp) -> str: return next(u.arg for u in program.src if u.op is Ops.SOURCE)
+
+def assembled(program:UOp, arch:str, ptxas:Path) -> tuple[int, int]:
+  """Registers of a thread and bytes that it spills, by ptxas."""
+  with tempfile.NamedTemporaryFile(suffix=".ptx") as f:
+    f.write(next(u.arg for u in program.src if u.op is Ops.BINARY).rstrip(b"\0"))
+    f.flush()
+    said = subprocess.run([ptxas, "-v", f"-arch={arch}", "-o", "/dev/null", f.name], capture_output=True, text=True)
+  if said.returncode: raise RuntimeError(f"ptxas refuses {program.arg.name}: {said.stderr[:200]}")
+  return int(re.search(r"Used (\d+) registers", said.stderr)[1]), \
+         sum(map(int, re.findall(r"(\d+) bytes spill", said.stderr)))                  # type: ignore[index]
+
+def count(step:Callable, arch:str, ptxas:Path, seconds:float, b:argparse.Namespace) -> dict:
+  """What the kernels of a captured step are, from the compiled kernels themselves."""
+  tensor_16, tensor_32, plain, bandwidth = RATES[arch]
+  made, tensor, limit = kernels(step), tensor_32 if b.dtype == "float32" else tensor_16, 0.
+  distinct = list({sources(p): p for p in made}.values())
+  whole = lambda v: int(getattr(v, "vmax", v))
+  total, on_cores, moved, by_products, loaded = 0, 0, 0, 0, 0
+  for p in made:
+    e, cores = p.src[0].arg.estimates, "__WMMA" in sources(p)
+    ops, mem, lds = whole(e.ops), whole(e.mem), whole(e.lds)
+    total, moved, on_cores = total+ops, moved+mem, on_cores + ops*cores
+    if cores: by_products, loaded = by_products+ops, loaded+lds
+    limit += max(ops/(tensor if cores else plain), mem/bandwidth)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    registers, spills = zip(*pool.map(lambda p: assembled(p, arch, ptxas), distinct))
+  return dict(kernels=len(made), distinct_kernels=len(distinct), gflop=total/1e9, tensor_core_share=on_cores/max(1, total),
+              gigabytes_moved=moved/1e9, flop_per_byte_loaded=by_products/max(1, loaded), registers_max=max(registers),
+              spill_bytes=sum(spills), compile_s=seconds, roofline_s=limit)
+
+def elsewhere(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:tuple[int, ...]):
+  arch, ptxas = open_target(b.target)
+  unet.setup()
+  ddpm, state = DDPM(), train.State(config, tuple(f"NULL:{i}" for i in range(b.gpus)) if b.gpus > 1 else ("NULL",),
+                                    getattr(dtypes, b.dtype))
+  result:dict = dict(target=b.target, dtype=b.dtype, batch=b.batch, gpus=b.gpus)
+  for name, make in (("training", training_step), ("sampling", sampling_step)):
+    step, once = make(state, ddpm, a, shape)
+    print(f"{name} step: compiling for {b.target} ...", file=sys.stderr)
+    start = time.perf_counter()
+    once()
+    c = count(step, arch, ptxas, time.perf_counter() - start, b)
+    result |= c if name == "training" else {"sampling": c}
+    print(f"{name} step, {b.preset}, batch {b.batch}, {b.dtype}, for {b.target}: {c['kernels']} kernels, "
+          f"{c['distinct_kernels']} distinct, compiled in {c['compile_s']:.0f} s\n"
+          f"  {c['gflop']:.0f} GFLOP, {c['tensor_core_share']:.1%} on tensor cores, "
+          f"{c['flop_per_byte_loaded']:.1f} for each byte that threads load there\n"
+          f"  {c['gigabytes_moved']:.2f} GB moved; {c['registers_max']} registers at most, {c['spill_bytes']} bytes spilled\n"
+          f"  no less than {c['roofline_s']*1e3:.1f} ms by the data sheet's rates")
+  result["memory_bytes"] = GlobalCounters.mem_used
+  if b.json: print(json.dumps(result))
+
+def main(argv:list[str]|None=None):
+  p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p.error = lambda message: sys.exit(f"bench.py: {message}")                           # type: ignore[assignment]
+  p.add_argument("--preset", choices=SHAPES, default="mnist", help="the network of train.py's preset")
+  p.add_argument("--batch", type=number(int, 1, 2**20), default=32, help="images per step (32)")
+  p.add_argument("--dtype", choices=train.DTYPES, default="float32", help="of activations and products (float32)")
+  p.add_argument("--repeats", type=number(int, 1, 2**20), default=10, help="steps measured; the median counts (10)")
+  p.add_argument("--gpus", type=number(int, 1, 64), default=1, help="with --target: cards that share a batch (1)")
+  p.add_argument("--target", help="a card that need not be here, like CUDA:sm_90: compile and count, execute nothing")
+  p.add_argument("--json", action="store_true", help="end with one line of JSON")
+  b = p.parse_args(argv)
+  channels, size = SHAPES[b.preset]
+  a = train.arguments(["--dataset", b.preset, "--batch", str(b.batch), "--dtype", b.dtype, "--gpus", str(b.gpus)])
+  (elsewhere if b.target else here)(b, a, train.network(a, channels, size), (b.batch, channels, size, size))
+
+if __name__ == "__main__": run(main)

@@ -127,8 +127,8 @@ class DDPM:
     """p_θ(x_{t-1} | x_t), Eq. 1, mean by Eq. 11; p_θ(x_s | x_t) for any s < t. -> mean, variance (B, 1, 1, 1), x̂_0.
 
     Eq. 11 is Eq. 7 with the x̂_0 of Eq. 15 in the place of x_0. clip (the authors' code, not in the paper) first brings
-    x̂_0 into [-1, 1], where the data are. With predict="mu" the mean of x_{t-1} is the model's output itself, never
-    clipped; a smaller s has the mean of its x̂_0. The variance is σ_t² of Section 3.2: β_t, or β̃_t (sigma="beta_tilde").
+    x̂_0 into [-1, 1], where the data are. With predict="mu" the mean of x_{t-1} is the model's output itself, which is
+    not clipped; that of an earlier x_s comes from x̂_0. The variance is σ_t² of Section 3.2: β_t or β̃_t, as `DDPM` says.
     """
     t, s = self.times(x_t, t, s)
     out = model(x_t, t)

@@ -436,8 +436,8 @@ def main(argv:list[str]|None=None):
     x0, ncols = interpolate(draw, ddpm, images, labels, args.interpolate, times, args.seed)
   else:
     seen = [times[round(i)] for i in np.linspace(1, len(times) - 1, 50)] if args.gif else [0]
-    out, ncols = draw(x_T, labels, times, keep=seen), args.n or 8 if args.classes else None
-    x0 = out[0][0]
+    out = draw(x_T, labels, times, keep=seen)
+    x0, ncols = out[0][0], len(labels) // config["num_classes"] if args.classes else None
     if args.gif: movie = [x_T, *(out[t][0] for t in sorted(out, reverse=True))]
   write(args, x0, ncols, movie)
 

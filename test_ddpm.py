@@ -532,8 +532,8 @@ def last(visits):
 
 def everywhere(test):
   """For the samplers with all that they do: ddim with and without noise."""
-  return pytest.mark.parametrize("name, options", [
-    ("ddpm", {}), ("ddim", {}), ("ddim", {"eta": 1.0}), ("sde", {}), ("pc", {}), ("ode", {}), ("langevin", {"inner": 2})])(test)
+  every = [*((name, {}) for name in SAMPLERS if name != "langevin"), ("ddim", {"eta": 1.0}), ("langevin", {"inner": 2})]
+  return pytest.mark.parametrize("name, options", every)(test)
 
 # *** the samplers: times and noise ***
 
@@ -714,14 +714,14 @@ def test_ddim_step_is_eq_12(eta):
   with pytest.raises(ValueError): ddim_step(d, f32(eps), f32(x_t), 2, 1, 0.5)
 
 def test_ddim_decodes_what_it_encoded():
-  d, r = short(100), rng(0)
+  d, r = short(50), rng(0)
   x0 = r.choice((-MODE, MODE), (200, 1, 1, 2)) + 0.3 * r.standard_normal((200, 1, 1, 2))
   model, errors = exact(d, MODE, 0.3), []
   for iterations in (1, 2, 6):
-    x_T = ddim_encode(d, model, f32(x0), 100, iterations=iterations)
+    x_T = ddim_encode(d, model, f32(x0), 50, iterations=iterations)
     assert 0.9 < x_T.numpy().std() < 1.2
-    errors.append(np.abs(last(SAMPLERS["ddim"](d, model, x_T, 100, clip=False)) - x0).max())
-  assert 1e-3 < errors[0] < 0.1 and errors[1] < 0.01 and errors[2] < 1e-4
+    errors.append(np.abs(last(SAMPLERS["ddim"](d, model, x_T, 50, clip=False)) - x0).max())
+  assert 1e-3 < errors[0] < 0.2 and errors[1] < errors[0] / 5 and errors[2] < 1e-4
 
 def test_ode_is_of_second_order_and_ddim_of_first():
   """For data N(0, 0.5²) the flow scales x with the standard deviation of q(x_t). The step to 0 is left out: Euler's."""

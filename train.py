@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
+from tinygrad.dtype import DType
 import data, sample
 from ddpm import DDPM
 from files import checkpoint, pictures
 from files.atomic import atomic, claim
-from files.device import captured, open_device
+from files.device import captured, inside, open_device
 from files.streams import stream
 from files.terminal import clock, number, run, stoppable
 from files.weights import read_tensors, write_tensors
@@ -33,6 +34,8 @@ PRESETS = {
                   warmup=5000, save_every=1000, sample_every=5000, flip=True)}
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 PRESETS["folder"] = PRESETS["cifar10"] | dict(steps=100_000, batch=32, channels=64, warmup=1000)
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 # *** Algorithm 1 ***
 
@@ -63,14 +66,19 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace) -> Callable[..., tup
   x, t, eps, y, seed are a part of what `draw` gives. h (6,): 1 if it is not the first part of its batch, else 0; 1 if
   it is the last, else 0; and `hyper`. The weights change after the last part."""
   losses, accum, clip = functools.partial(loss_terms, state.model, ddpm, a, time_weights(ddpm, a)), a.accum, a.clip
+  # loss scaling: the gradient of a mean over so many numbers would fall below the least one that float16 has
+  scale = a.batch//a.accum * state.model.config["in_channels"] * state.model.config["image_size"]**2 \
+    if state.dtype == dtypes.float16 else 1
   def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
     keep, last, lr, c1, c2, decay = [h[i] for i in range(6)]
     m, v, w, e, grad = [state.flat[k] for k in ("m", "v", "raw", "ema", "grad")]
     x0 = x.cast(dtypes.float32) / 127.5 - 1
     loss = losses(x0, t, eps, y, seed)                                      # ‖ε − ε_θ(√ᾱₜ x₀ + √(1−ᾱₜ) ε, t)‖²
-    gradient = loss.mean().gradient(*nn.state.get_parameters(state.model))  # ∇θ
-    for view, g in zip(state.views("grad"), gradient, strict=True):
-      view.assign(view * keep + g.reshape(view.shape) / accum if accum > 1 else g.reshape(view.shape))
+    gradient = (loss.mean() * scale).gradient(*nn.state.get_parameters(state.model))  # ∇θ
+    for part, g in zip(state.parts["grad"], gradient, strict=True):
+      g = g.reshape(part.shape).float() / scale
+      part.assign(part * keep + g / accum if accum > 1 else g)
+    Tensor.realize(loss, *state.parts["grad"])  # all of them, before they are read as one
     norm = total(grad.square()).sqrt()
     g = grad * (clip / norm.maximum(clip))      # clipping: the authors' code, not in the paper
     # Adam
@@ -79,7 +87,8 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace) -> Callable[..., tup
     # θ ← θ − lr m̂/(√v̂ + 1e-8), m̂ = m/(1−β₁ⁿ), v̂ = v/(1−β₂ⁿ)
     w.assign(w - last * lr * (m / c1) / ((v / c2).sqrt() + 1e-8))
     e.assign(e + last * (1 - decay) * (w - e))  # EMA: θ̄ ← d θ̄ + (1−d) θ
-    Tensor.realize(loss, norm, m, v, w, e, grad)
+    low = [state.flat["low"].assign(w.cast(state.dtype))] if "low" in state.flat else []
+    Tensor.realize(norm, m, v, w, e, *low)
     return loss, norm
   return captured(step)
 
@@ -153,15 +162,17 @@ def time_weights(ddpm:DDPM, a:argparse.Namespace) -> Tensor|None:
 # *** what it changes ***
 
 class State:
-  """Weights, their average (EMA), Adam's two moments and the gradient, each one flat buffer.
+  """Weights, their average (EMA), Adam's two moments and the gradient, each one flat buffer; the weights in `dtype` too.
 
-  So a handful of kernels update all parameters at once. The two networks' weights are views into the buffers, so
-  nothing is copied and the average is never an alias of the weights."""
-  def __init__(self, config:dict, devices:tuple[str, ...]):
-    self.model, self.average, self.devices = UNet(**config), UNet(**config), devices
+  So a handful of kernels update all parameters at once. The two networks' weights lie inside these buffers: nothing is
+  copied, and the average is never an alias of the weights."""
+  def __init__(self, config:dict, devices:tuple[str, ...], dtype:DType=dtypes.float32):
+    self.model, self.average, self.devices, self.dtype = UNet(**config), UNet(**config), devices, dtype
+    self.model.dtype = dtype
     weights = {k: v.numpy() for k, v in nn.state.get_state_dict(self.model).items()}
-    self.shapes = {k: v.shape for k, v in weights.items()}
-    self.size = sum(v.size for v in weights.values())
+    self.shapes, self.size = {k: v.shape for k, v in weights.items()}, sum(v.size for v in weights.values())
+    # each parameter begins at a multiple of 64 numbers, where every device can load several at once
+    self.starts = [0, *itertools.accumulate(v.size + -v.size % 64 for v in weights.values())]
     self.start(weights)
 
   def start(self, weights:dict[str, np.ndarray]):
@@ -171,26 +182,32 @@ class State:
 
   def put(self, arrays:dict[str, np.ndarray]):
     """Takes what `arrays` gives."""
-    pad = np.zeros(-self.size % 4096, np.float32)
-    flat = {key: np.concatenate([*(arrays[f"{key}.{k}"].reshape(-1) for k in self.shapes), pad])
-            for key in ("raw", "ema")} | {key: np.concatenate([arrays[f"adam.{key}"], pad]) for key in ("m", "v")}
-    flat["grad"] = np.zeros_like(flat["raw"])
-    self.flat = {k: self.lay(v, axis=None).realize() for k, v in flat.items()}
-    for model, key in ((self.model, "raw"), (self.average, "ema")):
-      for p, view in zip(nn.state.get_parameters(model), self.views(key), strict=True): p.replace(view)
+    ends = list(itertools.accumulate(map(math.prod, self.shapes.values())))
+    named = {key: [arrays[f"{key}.{k}"] for k in self.shapes] for key in ("raw", "ema")}
+    named |= {key: np.split(arrays[f"adam.{key}"], ends[:-1]) for key in ("m", "v")}
+    self.flat = {"grad": self.lay(self.pack([]), axis=None).realize()}
+    self.flat |= {key: self.lay(self.pack(parts), axis=None).realize() for key, parts in named.items()}
+    if self.dtype != dtypes.float32: self.flat["low"] = self.flat["raw"].cast(self.dtype).contiguous().realize()
+    self.parts = {key: [inside(flat, i, shape) for i, shape in zip(self.starts, self.shapes.values())]
+                  for key, flat in self.flat.items()}
+    low = self.parts.get("low", self.parts["raw"])  # scales, shifts and biases stay as they are
+    weights = [w if w.ndim == 1 else l for w, l in zip(self.parts["raw"], low, strict=True)]
+    for model, parts in ((self.model, weights), (self.average, self.parts["ema"])):
+      for p, part in zip(nn.state.get_parameters(model), parts, strict=True): p.replace(part)
+
+  def pack(self, arrays:list[np.ndarray]) -> np.ndarray:
+    """One flat array of each parameter's; zeros between them and for those that are not given."""
+    flat = np.zeros(self.starts[-1] + -self.starts[-1] % 4096, np.float32)
+    for i, v in zip(self.starts, arrays): flat[i:i+v.size] = v.reshape(-1)
+    return flat
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """For the checkpoint: the weights by name, the moments flat."""
-    flat = {k: self.fetch(t)[:self.size] for k, t in self.flat.items()}
-    named = {f"{key}.{k}": v for key in ("raw", "ema") for k, v in self.cut(flat[key]).items()}
-    return named | {"adam.m": flat["m"], "adam.v": flat["v"]}
-
-  def cut(self, flat) -> dict:
-    """A flat buffer's part for each parameter, by name."""
-    ends = itertools.accumulate(map(math.prod, self.shapes.values()))
-    return {k: flat[end-math.prod(s):end].reshape(s) for (k, s), end in zip(self.shapes.items(), ends, strict=True)}
-
-  def views(self, key:str) -> list[Tensor]: return list(self.cut(self.flat[key]).values())
+    """For the checkpoint: the weights by name, the moments flat, one parameter after the other."""
+    def cut(key:str) -> list[np.ndarray]:
+      flat = self.fetch(self.flat[key])
+      return [flat[i:i+math.prod(s)].reshape(s) for i, s in zip(self.starts, self.shapes.values())]
+    named = {f"{key}.{k}": v for key in ("raw", "ema") for k, v in zip(self.shapes, cut(key))}
+    return named | {f"adam.{key}": np.concatenate([v.reshape(-1) for v in cut(key)]) for key in ("m", "v")}
 
   def lay(self, array:np.ndarray, axis:int|None=0) -> Tensor:
     """On the device or, cut along `axis` (or whole, for None), on all devices."""
@@ -236,7 +253,7 @@ def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
   """All that fixes the numbers of a run. A run goes on only with the same."""
   keys = ("dataset", "batch", "accum", "lr", "warmup", "clip", "ema", "seed",
           "T", "beta_1", "beta_T", "schedule", "predict", "loss", "times", "min_snr", "dequantize", "clip_x0", "sigma",
-          "flip", "class_conditional", "drop_labels", "init", "anneal")
+          "flip", "class_conditional", "drop_labels", "init", "anneal", "dtype", "tf32")
   return {k: getattr(a, k) for k in keys} | {
     "network": json.loads(json.dumps(config)), "images": list(images.shape), "data": zlib.crc32(images.tobytes())}
 
@@ -407,6 +424,9 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--norm-groups", type=number(int, 1, 2**14), help="groups of GroupNorm")
 
   add = p.add_argument_group("not in the paper").add_argument
+  add("--dtype", choices=DTYPES, default="float32",
+      help="of activations and the operands of products; weights, average, Adam and the diffusion stay in float32")
+  add("--tf32", action="store_true", default=False, help="NVIDIA: products of float32 in TF32, on tensor cores")
   add("--anneal", type=number(int, 0, 10**9), default=0,
       help="steps over which the learning rate falls to 0 in a straight line; 0: it does not")
   add("--times", choices=("uniform", "weighted"), default="uniform",
@@ -437,13 +457,14 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)
-  device, out = open_device(), Path(a.out)
+  device, out = open_device(a.tf32), Path(a.out)
   images, labels = load_images(a)
   N, C, H, W = images.shape
   null = int(labels.max())+1 if a.class_conditional else 0
   config, ddpm = network(a, C, H, null), DDPM(**diffusion(a))
   warn_if_clear(ddpm)
-  state, fixed = State(config, open_devices(device, a.gpus)), settings(a, config, images)
+  state = State(config, open_devices(device, a.gpus), getattr(dtypes, a.dtype))
+  fixed = settings(a, config, images)
   with claim(out):
     begun, smooth = begin(state, a, out, fixed)
     curve = cut_log(out/"log.jsonl", begun)

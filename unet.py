@@ -7,6 +7,7 @@ give the same numbers; they run instead unless PLAIN=1 is set or the folder is n
 import math
 import numpy as np
 from tinygrad import Tensor, dtypes, nn
+from tinygrad.dtype import DType
 try: from fast import quick, setup
 except ImportError: quick, setup = (lambda f: f), (lambda: None)
 
@@ -25,12 +26,12 @@ class UNet:
   def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2),
                num_res_blocks:int=2, attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32,
                norm_groups:int=32, num_classes:int=0, seed:int=0):
-    self.config = {k: v for k, v in locals().items() if k != "self"}
+    self.config, self.dtype = {k: v for k, v in locals().items() if k != "self"}, dtypes.float32
     check(self.config)
     setup()
-    rng, emb, index = np.random.default_rng([seed, *b"weights"]), 4*channels, iter(range(10**9))
+    rng, emb = np.random.default_rng([seed, *b"weights"]), 4*channels
     def level(c:int, o:int, size:int) -> list:
-      block = ResBlock(rng, c, o, emb, norm_groups, dropout, next(index))
+      block = ResBlock(rng, c, o, emb, norm_groups, dropout)
       return [block, Attention(rng, o, norm_groups)] if size in attn_resolutions else [block]
 
     self.time1, self.time2 = Dense(rng, channels, emb), Dense(rng, emb, emb)
@@ -60,39 +61,45 @@ class UNet:
     freq = Tensor(np.exp(-math.log(10000) * np.arange(half) / (half-1)).astype(np.float32), device=t.device)
     angle = (t-1).cast(dtypes.float32).reshape(-1, 1) * freq  # t−1: the authors count time from 0
     emb = self.time2(self.time1(angle.sin().cat(angle.cos(), dim=1)).silu())
-    if null: emb = emb + (t*0 + null if y is None else y).one_hot(null+1).float() @ self.label  # not in the paper
+    if null: emb = emb + (t*0 + null if y is None else y).one_hot(null+1).float() @ self.label.float()  # not in the paper
     return emb.silu().contiguous()
 
   def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
     """Dropout is on when a `seed` for it is given, uint32 (1,): the same seed drops the same numbers on every device.
 
-    Activations and the operands of products have x's type; sums, softmax and GroupNorm are in float32 whatever it is."""
-    emb, h = self.embed(t, y).cast(x.dtype), self.conv_in(x.permute(0, 2, 3, 1))
+    Activations and the operands of products are in self.dtype; sums, softmax and GroupNorm in float32 whatever it is."""
+    emb, h = self.embed(t, y).cast(self.dtype), self.conv_in(x.permute(0, 2, 3, 1).cast(self.dtype))
     skips = [h]
     for layers in self.down:
-      for layer in layers: h = layer(h, emb, seed)
+      for layer in layers: h, seed = layer(h, emb, seed), following(seed)
       skips.append(h)
-    for layer in self.mid: h = layer(h, emb, seed)
+    for layer in self.mid: h, seed = layer(h, emb, seed), following(seed)
     for layers in self.up:
       h = h.cat(skips.pop(), dim=-1).contiguous()
-      for layer in layers: h = layer(h, emb, seed)
-    return self.conv_out(self.norm_out(h)).permute(0, 3, 1, 2)
+      for layer in layers: h, seed = layer(h, emb, seed), following(seed)
+    return self.conv_out(self.norm_out(h)).permute(0, 3, 1, 2).float()
+
+def lower(model:UNet, dtype:DType) -> UNet:
+  """The model with activations and the operands of products in `dtype`, its answers in float32 (not in the paper)."""
+  model.dtype = dtype
+  for p in nn.state.get_parameters(model):
+    if p.ndim > 1: p.replace(p.cast(dtype).realize())  # scales, shifts and biases stay as they are
+  return model
 
 # *** its layers: those of a level are called with (x, emb, seed), of which all but ResBlock need x alone ***
 
 class ResBlock:
   """GroupNorm, SiLU, convolution; the time's projection added; GroupNorm, SiLU, dropout, convolution; x added."""
-  def __init__(self, rng:np.random.Generator, c:int, o:int, emb:int, groups:int, dropout:float, index:int):
+  def __init__(self, rng:np.random.Generator, c:int, o:int, emb:int, groups:int, dropout:float):
     self.norm1, self.conv1, self.temb = GroupNorm(c, groups), Conv(rng, c, o), Dense(rng, emb, o)
     self.norm2, self.conv2, self.dropout = GroupNorm(o, groups), Conv(rng, o, o, scale=1e-10), dropout
-    self.index = index  # each block drops other numbers
     if c != o: self.shortcut = Conv(rng, c, o, k=1)
 
   def __call__(self, x:Tensor, emb:Tensor, seed:Tensor|None) -> Tensor:
     x = x.contiguous_backward()
     h = self.conv1(self.norm1(x), self.temb(emb).reshape(x.shape[0], 1, 1, -1))
     h = self.norm2(h)
-    if seed is not None and self.dropout: h = dropout(h, self.dropout, seed + self.index)
+    if seed is not None and self.dropout: h = dropout(h, self.dropout, seed)
     return self.conv2(h, self.shortcut(x) if hasattr(self, "shortcut") else x)
 
 class Attention:
@@ -176,6 +183,10 @@ def upsample(x:Tensor) -> Tensor:
   """Each pixel twice in both directions: (B,H,W,C) -> (B,2H,2W,C)."""
   B, H, W, C = x.shape
   return x.reshape(B, H, 1, W, 1, C).expand(B, H, 2, W, 2, C).reshape(B, 2*H, 2*W, C)
+
+def following(seed:Tensor|None) -> Tensor|None:
+  """The next layer's seed, so that each drops other numbers; as a number of its own, not written into each one's kernel."""
+  return None if seed is None else (seed + 1).contiguous()
 
 def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
   """x with each number zeroed with probability p, where a hash of seed and place is small, the others divided by 1−p."""

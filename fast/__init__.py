@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools, os
 from collections.abc import Callable
 from files.device import find_compiler
-from tinygrad import Device
+from tinygrad import Device, Tensor, dtypes
 
 def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
 
@@ -38,6 +38,10 @@ def quick(plainly:Callable) -> Callable:
     setup()
     if plain(): return plainly(*args, **options)
     from fast import gpu, operations
-    on_cpu = gpu.first(args[0]).startswith("CPU")
-    return getattr(operations if on_cpu else gpu, plainly.__name__)(*args, **options)
+    x, name = args[0], plainly.__name__
+    if not gpu.first(x).startswith("CPU"): return getattr(gpu, name)(*args, **options)
+    if x.dtype == dtypes.float32: return getattr(operations, name)(*args, **options)
+    # a processor has no quicker arithmetic for the others: they are rounded to the type and computed with in float32
+    wide = [a.float() if isinstance(a, Tensor) else a for a in args]
+    return getattr(operations, name)(*wide, **options).cast(x.dtype)
   return operation

@@ -88,7 +88,8 @@ def conv_function(stride:int, n:int):
       dx = launch(functools.partial(conv_kernel, stride=1, flipped=False, device=device), (B, H, H, 4*C), x.dtype,
                   g.pad((None, (1, 0), (1, 0), None)), taps.reshape(2, 2, O, 4*C))
       dx = dx.reshape(B, H, H, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(B, S, S, C)
-    groups = divisor(B, 8)  # sums of groups of images, then over the groups: enough threads for every shape
+    # sums of groups of images, then over the groups: enough threads for every shape; 16 of them where a row is too short
+    groups = divisor(B if H > 4 else max(1, B//16), 8)
     dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=device), (groups, *w.shape), dtypes.float32, xp, gp)
     images = columns(gp)    # the border is zeros
     def da(a:Tensor) -> UOp:

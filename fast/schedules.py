@@ -6,7 +6,7 @@ from tinygrad import Device, codegen
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.dtype import DType, dtypes
-from tinygrad.helpers import Context, getenv
+from tinygrad.helpers import ALLOW_TF32, Context
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import AxisType, Ops, UOp, graph_rewrite
 
@@ -41,7 +41,7 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
   product = reduce.src[0].src[0] if reduce.src[0].op is Ops.CAST else reduce.src[0]
   x, w = product.src
   number = next((i for i, c in enumerate(s.ren.tensor_cores) if c.dtype_in == x.dtype == w.dtype and c.dtype_out == reduce.dtype
-                 and (x.dtype != dtypes.float32 or s.ren.target.device not in ("CUDA", "NV") or getenv("ALLOW_TF32"))), None)
+                 and (x.dtype != dtypes.float32 or s.ren.target.device not in ("CUDA", "NV") or ALLOW_TF32)), None)
   if number is None: return None
   # tinygrad numbers the choices in this order: w's own loops, x's own, those summed over, each from the last loop down
   down = lambda ranges: sorted(ranges, key=lambda r: r.arg[0], reverse=True)

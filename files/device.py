@@ -1,11 +1,13 @@
 """The device a program runs on, and how a step is captured for it."""
 from __future__ import annotations
-import ctypes, functools, os, shutil, signal, sys
+import ctypes, functools, math, os, shutil, signal, sys
 from collections.abc import Callable
 from tinygrad import Device, Tensor, TinyJit
+from tinygrad.device import Allocator, Buffer
 from tinygrad.engine import worker
 from tinygrad.engine.jit import JitError
-from tinygrad.helpers import DEV
+from tinygrad.helpers import ALLOW_TF32, DEV
+from tinygrad.uop.ops import UOp
 
 @functools.cache
 def clang(named:str|None=None) -> str|None:
@@ -33,11 +35,13 @@ def start_worker():
   initializer()
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-def open_device() -> str:
+def open_device(tf32:bool=False) -> str:
   """Opens the device that $DEV names, else the first that tinygrad finds, sets up fast/ and says on stderr which it is.
 
+  tf32: NVIDIA's tensor cores may round the operands of float32 products to 10 bits.
   An OpenCL device that is the processor itself comes after tinygrad's own CPU device, which is quicker to start.
   RuntimeError, in one sentence, when there is none, $DEV names one that is not there, or its compiler is missing."""
+  if tf32: os.environ["ALLOW_TF32"], ALLOW_TF32.value = "1", 1
   asked, compiler = os.environ.get("DEV", ""), find_compiler()
   os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-w")  # PoCL prints its compiler's warnings, which no user can act on
   missing = ("no GPU was found and " if not asked else "") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
@@ -54,8 +58,9 @@ def open_device() -> str:
                        f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
   # tinygrad would not miss it before the first kernel that its cache does not hold
   if uses_clang and not compiler: raise RuntimeError(missing)
-  worker._init_worker = start_worker
-  worker._WorkerProcess.terminate = worker._WorkerProcess.kill  # type: ignore[method-assign]  # tinygrad ends them so
+  if worker.worker_pool is None:  # those of a pool that runs would no longer find what they begin with
+    worker._init_worker = start_worker
+    worker._WorkerProcess.terminate = worker._WorkerProcess.kill  # type: ignore[method-assign]  # tinygrad ends them so
   try: from fast import setup
   except ImportError: pass
   else: setup()
@@ -80,5 +85,20 @@ def captured(step:Callable, kept:dict|None=None, *key) -> Callable:
       try: return jit(*tensors)
       except JitError: runs[0] = step
     return runs[0](*tensors)
+  call.jit = jit  # type: ignore[attr-defined]  # for who counts its kernels
   kept[full] = call
   return call
+
+def inside(flat:Tensor, start:int, shape:tuple[int, ...]) -> Tensor:
+  """The part of a flat tensor that begins at `start`, with a buffer of its own that lies within flat's.
+
+  A slice would have its place written into each kernel that touches it, and each of these be compiled by itself. Where
+  the device knows no such buffers (OpenCL), or flat lies on several, it is a slice. tinygrad sees the two as strangers: who
+  reads one after the other was written says so by `after`."""
+  device, size = flat.device, math.prod(shape)
+  if not isinstance(device, str) or type(Device[device].allocator)._offset is Allocator._offset:
+    return flat[start:start+size].reshape(shape)
+  buffer = flat.uop.base.buffer
+  assert isinstance(buffer, Buffer)
+  part = buffer.ensure_allocated().view(size, flat.dtype, start*flat.dtype.itemsize)
+  return Tensor(UOp.from_buffer(part, device)).reshape(shape)

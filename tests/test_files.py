@@ -185,6 +185,14 @@ def test_the_terminal_shows_the_pixels(c, h):
   assert not shown[:, :, 5].any() and not shown[:, h:].any()
   assert pictures.to_terminal(images, columns=2).split("\n")[0].count("▀") == 5  # at least one
 
+def test_captions_under_images():
+  k = np.full((3, 1, 28, 28), 40, np.uint8)
+  sheet = np.asarray(pictures.captioned(k, ["1.234", "5", ""]))
+  assert sheet.shape[2] == 3 and (sheet == 40).all(2).sum() >= 3 * 84 * 84
+  tiles = [sheet[2 + r * 102:102 + r * 102, 2 + c * 86:86 + c * 86] for r, c in ((0, 0), (0, 1), (1, 0))]
+  ink = [(tile[84:] < 128).sum() for tile in tiles]
+  assert ink[0] > ink[1] > ink[2] == 0
+
 def test_files_hold_what_was_saved(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 9), np.uint8)
   pictures.save_png(tmp_path / "new" / "folder" / "a.png", pictures.grid(images, 3, 1))

@@ -3,13 +3,14 @@ import math, os, signal, subprocess, sys
 import numpy as np
 import pytest
 from PIL import Image
-from common import ROOT, close, f32
+from common import ROOT, TINY, close, f32
 from tinygrad import Tensor
 import data, sample
 from ddpm import DDPM, column
 from files import checkpoint, pictures
 from files.terminal import run
 from sample import SAMPLERS, draw_x_T, guided
+from unet import UNet
 
 MODE, SD = 0.6, 0.1
 
@@ -190,10 +191,24 @@ def test_ctrl_c_that_a_lock_turns_into_an_error():
   with pytest.raises(SystemExit) as e: run(main)
   assert e.value.code == 130
 
-def test_compiling_processes_can_be_ended():
-  code = "import time; from files.device import open_device; open_device(); from tinygrad.engine import worker; " \
-         "worker.get_worker_pool().apply_async(time.sleep, (999,)); time.sleep(2); worker.terminate_worker_pool()"
+@pytest.mark.parametrize("code", (
+  "open_device(); pool().apply_async(time.sleep, (999,)); time.sleep(2); worker.terminate_worker_pool()",  # a busy one
+  "pool(); open_device(); pool().map(abs, range(100), chunksize=1)"))                      # some of them are replaced
+def test_compiling_processes_end_with_their_program(code):
+  code = f"""import time
+from tinygrad.engine import worker
+from files.device import open_device
+pool = worker.get_worker_pool
+{code}"""
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PARALLEL": "2"}, timeout=60, check=True)
+
+def test_sampling_needs_the_memory_of_one_batch(tmp_path, monkeypatch):
+  checkpoint.save(tmp_path / "a.safetensors", UNet(**TINY), {"ddpm": {"T": 4, "beta_T": 0.5}})
+  seen, call = [], UNet.__call__
+  monkeypatch.setattr(UNet, "__call__", lambda self, x, *rest: seen.append(x.shape[0]) or call(self, x, *rest))
+  sample.main(["--checkpoint", str(tmp_path / "a.safetensors"), "--n", "10", "--batch", "4",
+               "--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "a.npz")])
+  assert set(seen) <= {4} and len(np.load(tmp_path / "a.npz")["arr_0"]) == 10
 
 # *** words ***
 

@@ -1,0 +1,102 @@
+"""GPUs without one: kernels for tensor cores run on tinygrad's emulators of three vendors; a step is compiled for a card."""
+import importlib.util, json, os, subprocess, sys
+import numpy as np
+import pytest
+from common import ROOT
+
+EMULATED = """if True:
+  import sys
+  import numpy as np
+  from tinygrad import Tensor, dtypes
+  from tinygrad.uop.ops import Ops
+  from fast import gpu, schedules
+  dtype, rng, chosen = getattr(dtypes, sys.argv[1]), np.random.default_rng(0), []
+  scheduled = schedules.scheduled
+  def noted(kernel, device):
+    made = scheduled(kernel, device)
+    chosen.append(made is not None and made.arg.opts_to_apply[0].op.name == "TC")
+    return made
+  gpu.scheduled = noted
+  def draw(*shape): return Tensor(rng.standard_normal(shape).astype(np.float32)).cast(dtype).realize()
+  def num(t): return t.float().numpy().astype(np.float64)
+  def error(ours, want): return np.abs(num(ours) - want).max() / np.abs(want).max()
+  def conv(x, w, lo, hi):
+    x, k = np.pad(x, ((0, 0), (lo, hi), (lo, hi), (0, 0))), w.shape[0]
+    H = x.shape[1] - k + 1
+    return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+H, j:j+H], w[i, j]) for i in range(k) for j in range(k)), x
+  errors = {}
+  for B, S, C, O, k in ((16, 2, 16, 8, 3), (1, 16, 16, 8, 3), (16, 2, 16, 16, 1)):  # M is the images, a row of pixels, both
+    x, w, g = draw(B, S, S, C), draw(k, k, C, O), draw(B, S, S, O)
+    y = gpu.convolve(x, w)
+    dx, dw = (y * g).sum().gradient(x, w)
+    want, padded = conv(num(x), num(w), k//2, k//2)
+    errors[f"conv {B} {S} {k}"] = error(y, want)
+    errors[f"dx {B} {S} {k}"] = error(dx, conv(num(g), num(w)[::-1, ::-1].transpose(0, 1, 3, 2), k//2, k//2)[0])
+    errors[f"dw {B} {S} {k}"] = error(dw, np.stack([[np.einsum("bhwc,bhwo->co", padded[:, i:i+S, j:j+S], num(g))
+                                                     for j in range(k)] for i in range(k)]))
+  q, k, v, g = [draw(1, 16, 16) for _ in range(4)]
+  out = gpu.attention(q, k, v)
+  e = np.exp(num(q) @ num(k).transpose(0, 2, 1) / 4)
+  p = e / e.sum(2, keepdims=True)
+  dp = num(g) @ num(v).transpose(0, 2, 1)
+  ds = p * (dp - (dp * p).sum(2, keepdims=True)) / 4
+  grads = (out * g).sum().gradient(q, k, v)
+  errors |= {"attention": error(out, p @ num(v)), "dq": error(grads[0], ds @ num(k)),
+             "dk": error(grads[1], ds.transpose(0, 2, 1) @ num(q)), "dv": error(grads[2], p.transpose(0, 2, 1) @ num(g))}
+  print(len(chosen), sum(chosen), max(errors.values()), max((v, k) for k, v in errors.items())[1])"""
+
+@pytest.mark.parametrize("device,dtype", [("PYTHON::sm_80", "bfloat16"), ("PYTHON::METAL", "bfloat16"), ("PYTHON::METAL", "float32"),
+  ("PYTHON::gfx1100", "bfloat16"),
+  *[pytest.param(d, "float16", marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="needs Python 3.12"))
+    for d in ("PYTHON::sm_80", "PYTHON::METAL", "PYTHON::gfx1100")]])
+def test_tensor_cores_of_three_vendors(device, dtype):
+  """Convolution, its two gradients and the products of attention against float64, within the type's rounding."""
+  r = subprocess.run([sys.executable, "-c", EMULATED, dtype], cwd=ROOT, env=os.environ | {"DEV": device, "PLAIN": "0"},
+                     capture_output=True, text=True)
+  assert r.returncode == 0, r.stderr[-2000:]
+  kernels, on_cores, error, worst = r.stdout.split(maxsplit=3)
+  assert int(kernels) == int(on_cores) >= 15
+  assert float(error) < {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-6}[dtype], worst
+
+LOWERED = """if True:
+  import sys
+  sys.path.insert(0, "tests")
+  import numpy as np, unet
+  from common import arr, random_model
+  from ddpm import DDPM
+  from tinygrad import Tensor, dtypes, nn
+  d, x0, eps, t = DDPM(), Tensor(arr(2, 1, 8, 8).clip(-1, 1)), Tensor(arr(2, 1, 8, 8, seed=1)), Tensor(np.array([20, 700], np.int32))
+  def step(dtype):
+    model = unet.lower(random_model(), dtype)
+    loss = d.loss_simple(model, x0, t, eps)
+    grads = (loss * (x0.numel() if dtype == dtypes.float16 else 1)).gradient(*nn.state.get_parameters(model))
+    return loss.item(), np.concatenate([g.float().numpy().ravel() for g in grads]) / (x0.numel() if dtype == dtypes.float16 else 1)
+  (loss, grad), (low_loss, low) = step(dtypes.float32), step(getattr(dtypes, sys.argv[1]))
+  print(abs(low_loss - loss) / loss, np.linalg.norm(low - grad) / np.linalg.norm(grad))"""
+
+@pytest.mark.parametrize("plain", (0, 1))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_loss_and_gradients_in_lower_precision(dtype, plain):
+  """Of a small network, against float32: they differ by the type's rounding, which some twenty layers have added up."""
+  r = subprocess.run([sys.executable, "-c", LOWERED, dtype], cwd=ROOT, env=os.environ | {"PLAIN": str(plain)}, capture_output=True,
+                     text=True)
+  assert r.returncode == 0, r.stderr[-2000:]
+  loss, grad = map(float, r.stdout.split())
+  limit = {"bfloat16": 0.05, "float16": 0.008}[dtype]
+  assert loss < limit and 1e-5 < grad < limit
+
+@pytest.mark.skipif(not importlib.util.find_spec("nvidia"), reason="needs NVIDIA's compiler: pip install -r requirements-gpu.txt")
+def test_a_step_is_compiled_for_a_card_that_is_not_here(tmp_path):
+  """bench.py --target: what it prints of the glyphs preset, against what can be known beforehand."""
+  r = subprocess.run([sys.executable, "bench.py", "--preset", "glyphs", "--batch", "16", "--dtype", "bfloat16", "--target", "CUDA:sm_90",
+                      "--json"], cwd=ROOT, env=os.environ | {"CACHEDB": str(tmp_path/"cache.db")}, capture_output=True, text=True)
+  assert r.returncode == 0, r.stderr[-2000:]
+  out = json.loads(r.stdout.splitlines()[-1])
+  assert out["tensor_core_share"] > 0.9 and out["spill_bytes"] == 0 and 16 < out["registers_max"] <= 255
+  assert out["distinct_kernels"] < out["kernels"] and out["flop_per_byte_loaded"] > 4
+  assert out["roofline_s"] >= out["gflop"] / 1e6 and out["roofline_s"] >= out["gigabytes_moved"] / 3.4e3  # the data sheet's rates
+
+@pytest.mark.parametrize("target", ("CUDA:sm_1", "TPU", "METAL:M1"))
+def test_targets_that_cannot_be_compiled_for(target):
+  r = subprocess.run([sys.executable, "bench.py", "--target", target], cwd=ROOT, capture_output=True, text=True)
+  assert r.returncode == 1 and "--target" in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr

@@ -1,0 +1,104 @@
+"""make gpu-report: every part is in the file, whatever happens to it; PyTorch's network is ours."""
+import fcntl, os, subprocess, sys, time
+import numpy as np
+import pytest
+from common import ROOT, arr, close, random_model
+from files import report
+from tinygrad import Tensor, nn
+
+def run(*flags, **env):
+  return subprocess.run([sys.executable, "-m", "files.report", *map(str, flags)], cwd=ROOT, env=os.environ | env,
+                        capture_output=True, text=True)
+
+def test_all_parts_at_small_sizes(tmp_path):
+  """A cold cache takes minutes, which the report would not wait for by itself."""
+  r = run("--small", "--minutes", 120, "--out", tmp_path/"report.md")
+  assert r.returncode == 0, r.stderr[-2000:]
+  text = (tmp_path/"report.md").read_text()
+  titles = [line for line in text.split("\n") if line.startswith("## ")]
+  assert len(titles) == len(report.PARTS) == r.stderr.count(" s\n") and "failed" not in text, text
+  for title, (name, *_) in zip(titles, report.PARTS): assert name in title
+  parts = dict(zip((name for name, *_ in report.PARTS), text.split("\n## ")[1:]))
+  assert "2 passed" in parts["Tests"] and parts["Speed"].count("| glyphs | 4 |") == 3 and "| 5 | " in parts["Training"]
+  assert parts["The ten slowest kernels"].count("| `") == 10
+
+def part(code):
+  """A part that runs a program and says what it printed."""
+  return lambda r: f"It said {report.call(r, sys.executable, '-c', code)}"
+
+def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, capsys):
+  """Nor does one outlive its time, with all that it has started."""
+  out, held = tmp_path/"report.md", tmp_path/"held"
+  hang = f"""if True:
+    import fcntl, subprocess
+    f = open({str(held)!r}, "w")
+    fcntl.flock(f, fcntl.LOCK_EX)
+    print("so far", flush=True)
+    subprocess.run(["sleep", "600"], pass_fds=[f.fileno()])"""
+  monkeypatch.setattr(report, "PARTS", [
+    ("First", 480, part("print('quick')")),
+    ("Second", 480, lambda r: f"in the file: {'quick' in out.read_text()}"),
+    ("Broken", 480, part("import sys; sys.exit('what is wrong')")),
+    ("Wrong", 480, lambda r: {}["none"]),
+    ("Slow", 5, part(hang)),
+    ("Late", 0.1, part("print('never')")),
+    ("Last", 480, part("print('end')"))])
+  report.main(["--out", str(out)])
+  first, second, broken, wrong, slow, late, last = out.read_text().split("\n## ")[1:]
+  assert "It said quick" in first and "in the file: True" in second and "It said end" in last
+  assert "1 failed" in broken and "status 1" in broken and "what is wrong" in broken
+  assert "KeyError" in wrong and "cut off after 5 s" in slow and "so far" in slow and "No time was left" in late
+  assert capsys.readouterr().err.count(", 1 failed") == 4
+  with open(held) as f:
+    for left in reversed(range(100)):
+      try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as soon as all who hold it are dead
+      except BlockingIOError: assert left
+      else: break
+      time.sleep(0.1)
+
+def test_no_part_outlives_the_whole(tmp_path, monkeypatch):
+  monkeypatch.setattr(report, "PARTS", [(name, 480, part("import time; time.sleep(600)")) for name in "ab"])
+  report.main(["--out", str(tmp_path/"report.md"), "--minutes", "0.03"])
+  first, second = (tmp_path/"report.md").read_text().split("\n## ")[1:]
+  assert "cut off after 2 s" in first and "No time was left" in second
+
+def test_slowest_kernels():
+  """The last training step; the calls of one name together, their rates weighted by time."""
+  log = "scheduled 3 kernels\n" + "".join(
+    f"*** CUDA    {n:4d} {name:46s} arg  2 mem   0.03 GB tm {tm:>11s}/     7.00ms ({flops} {rates})\n"  # as tinygrad prints
+    for n, name, tm, flops, rates in [
+      (1, "E_9", "9.00s ", "      9 GFLOPS", "   9|9      GB/s"),
+      (1, "conv3_8x8_64_64", "1.00ms", "    200 GFLOPS", "  10|99     GB/s"),
+      (2, "r_4", "10.00us", "      7 GFLOPS", "   2|2      GB/s"),
+      (3, "conv3_8x8_64_64", "3.00ms", "    400 TFLOPS", "  30|99     TB/s"),
+      (4, "copy    3.91 KB,    CUDA <- NPY", "990.00us", "      0 GFLOPS", "   0|0      GB/s"),
+      (1, "conv3_8x8_64_64", "8.00ms", "      1 GFLOPS", "   1|1      GB/s")]) + "training step 1 ms"
+  said = report.kernels(log, most=2).split("\n")
+  assert said[0] == "4 kernels, 5.0 ms."
+  # (1 · 0.2 + 3 · 400)/4 TFLOP/s and (1 · 0.01 + 3 · 30)/4 TB/s
+  assert said[4:] == ["| `conv3_8x8_64_64` | 2 | 4.000 | 80.0% | 300050 | 22502 |",
+                      "| `copy    3.91 KB,    CUDA <- NPY` | 1 | 0.990 | 19.8% | 0 | 0 |"]
+
+@pytest.mark.parametrize("flags,words", [(["--out", "/"], "cannot write /"), (["--minutes", "0"], "--minutes"),
+                                         (["--big"], "--big")])
+def test_one_sentence(flags, words):
+  r = run(*flags)
+  assert r.returncode == 1 and words in r.stderr and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
+
+@pytest.mark.parametrize("attention", (4, 8))
+def test_pytorchs_network_is_ours(attention):
+  torch = pytest.importorskip("torch")
+  from files import torch_peer
+  ours = random_model(attn_resolutions=(attention,), channel_mult=(1, 2, 2))
+  theirs, state = torch_peer.UNet(**ours.config), {}
+  for name, p in nn.state.get_state_dict(ours).items():
+    v = p.numpy()
+    state[name] = torch.from_numpy(np.ascontiguousarray(v.transpose(3, 2, 0, 1) if v.ndim == 4 else v.T))
+  theirs.load_state_dict(state)
+  x, t = arr(2, 1, 8, 8), np.array([1, 1000], np.int32)
+  out = theirs(torch.from_numpy(x), torch.from_numpy(t))
+  close(ours(Tensor(x), Tensor(t)).numpy(), out.detach().numpy(), atol=1e-4)
+  training, sampling = torch_peer.steps(theirs, x.shape, "cpu", "bfloat16", False)
+  before = state["conv_in.weight"].clone()
+  training()
+  assert not torch.equal(theirs.conv_in.weight, before) and np.isfinite(sampling().numpy()).all()
