@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python3.14; 
 PY = .venv/bin/python
 INSTALL = $(PY) -m pip install -qq --disable-pip-version-check -r
 
-.PHONY: train sample evaluate bench test lint table2 gallery setup clean
+.PHONY: train sample evaluate bench gpu-report test lint table2 gallery setup clean
 train: setup
 	@$(PY) train.py --dataset $(DATASET) $(ARGS)
 sample: setup
@@ -17,10 +17,12 @@ evaluate: setup
 	@$(PY) evaluate.py $(ARGS)
 bench: setup
 	@$(PY) bench.py $(ARGS)
+gpu-report: setup .venv/pytest
+	@$(PY) -m files.report $(ARGS)
 test: setup .venv/pytest
 	@POCL_EXTRA_BUILD_FLAGS=-w $(PY) -m pytest -q $(ARGS)
 lint: .venv/pytest
-	@$(PY) -m ruff check && $(PY) -m mypy .
+	@$(PY) -m ruff check -q && $(PY) -m mypy --no-error-summary
 
 # Table 2 of the paper on a small budget: what is predicted, with which variance and loss (see README.md)
 table2: setup

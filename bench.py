@@ -1,41 +1,49 @@
-"""The speed of one training step (Algorithm 1) and of one sampling step (Algorithm 2), on the device that is here; or, with
---target, what both would be on a card that is not: compiled whole, counted, and nothing executed.
+"""The speed of one training step (Algorithm 1) and of one sampling step (Algorithm 2), on the device that is here; or,
+with --target, what both would be on a card that is not: compiled whole, counted, and nothing executed.
 
   python bench.py --preset mnist --batch 32
   python bench.py --preset cifar10 --batch 128 --dtype bfloat16 --target CUDA:sm_90 --json
 """
 from __future__ import annotations
-import argparse, concurrent.futures, dataclasses, importlib.util, json, os, re, statistics, subprocess, sys, tempfile, time
+import argparse, concurrent.futures, dataclasses, importlib.util, json, os, re, statistics, subprocess, sys, tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
-from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers
+from tinygrad import Device, GlobalCounters, Tensor, helpers
 from tinygrad.uop.ops import Ops, UOp
 import train, unet
 from ddpm import DDPM
 from files.device import captured, open_device
 from files.terminal import number, run
 
-SHAPES = {"glyphs": (1, 16), "mnist": (1, 28), "cifar10": (3, 32)}
-# What a card can do at best, by its data sheet (NVIDIA H100 SXM, A100 SXM; dense): operations a second on tensor cores in
-# 16 bits and in TF32, operations a second outside of them, bytes a second.
+# The networks of train.py's presets, and the published one for images of 256x256: flags, channels and size of images.
+NETWORKS:dict[str, tuple[list[str], int, int]] = {
+  "glyphs": (["--dataset", "glyphs"], 1, 16), "mnist": (["--dataset", "mnist"], 1, 28),
+  "cifar10": (["--dataset", "cifar10"], 3, 32),
+  "256": (["--dataset", "cifar10", "--channel-mult", "1,1,2,2,4,4", "--dropout", "0"], 3, 256)}
+# What a card can do at best, by its data sheet (NVIDIA H100 SXM, A100 SXM; dense): operations a second on tensor cores
+# in 16 bits and in TF32, operations a second outside of them, bytes a second.
 RATES = {"sm_90": (989e12, 494e12, 67e12, 3.35e12), "sm_80": (312e12, 156e12, 19.5e12, 2.04e12)}
 
 # *** what is measured or counted: one training step, one sampling step ***
 
-def training_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:tuple[int, ...]) -> tuple[Callable, Callable]:
-  """(the captured step, a function that takes one)."""
+Shape = tuple[int, ...]
+Steps = tuple[Callable, Callable]
+
+def training_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:Shape) -> Steps:
+  """(the captured step, a function that takes one) of Algorithm 1."""
   step, n = train.make_step(state, ddpm, a), iter(range(1, 10**9))
-  images, labels = np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.zeros(len(shape), np.int32)
-  labels = np.zeros(shape[0], np.int32)
+  images, labels = np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.zeros(shape[0], np.int32)
   def once():
     x, t, eps, y, seeds = train.draw(a, images, labels, 0, i := next(n))
     h = np.array([0, 1, *train.hyper(a, i)], np.float32)
     step(*(state.lay(v).realize() for v in (x, t, eps, y)), *(state.lay(v, axis=None).realize() for v in (seeds[0], h)))
   return step, once
 
-def sampling_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:tuple[int, ...]) -> tuple[Callable, Callable]:
-  model = unet.lower(state.average, getattr(dtypes, a.dtype))
+def sampling_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:Shape) -> Steps:
+  """The same of Algorithm 2, line 4."""
+  model = unet.lower(state.average, unet.DTYPES[a.dtype])
   def step(x:Tensor, t:Tensor, z:Tensor) -> Tensor: return ddpm.p_sample(model, x, t, z).realize()
   jit, rng = captured(step), np.random.default_rng(0)
   x, t = (state.lay(v).realize() for v in (rng.standard_normal(shape, np.float32), np.full(shape[0], ddpm.T, np.int32)))
@@ -83,10 +91,10 @@ def measure(step:Callable, once:Callable, repeats:int, desc:str) -> dict:
   return dict(first=first, median=statistics.median(later), fastest=min(later), slowest=max(later), kernels=len(made),
               distinct=len({sources(p) for p in made}), ops=GlobalCounters.global_ops)
 
-def here(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:tuple[int, ...]):
-  device = open_device()
+def here(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:Shape):
+  device = open_device(b.tf32)
   start = time.perf_counter()
-  ddpm, state = DDPM(), train.State(config, (device,), getattr(dtypes, b.dtype))
+  ddpm, state = DDPM(), train.State(config, (device,), unet.DTYPES[b.dtype])
   setup = time.perf_counter() - start
   training = measure(*training_step(state, ddpm, a, shape), b.repeats, "training step")
   memory = GlobalCounters.mem_used
@@ -123,11 +131,13 @@ def open_target(target:str) -> tuple[str, Path]:
   The compiler comes from the wheels of requirements-gpu.txt. RuntimeError where they are missing."""
   kind, _, arch = target.partition(":")
   if kind != "CUDA" or arch not in RATES:
-    raise ValueError(f"--target {target}: only {' and '.join(f'CUDA:{a}' for a in RATES)} can be compiled without a card")
+    known = " and ".join(f"CUDA:{a}" for a in RATES)
+    raise ValueError(f"--target {target}: only {known} can be compiled for without a card")
   spec = importlib.util.find_spec("nvidia")
   found = [Path(p, "cu13") for p in (spec.submodule_search_locations if spec else None) or ()]
   folder = next((f for f in found if (f/"bin"/"ptxas").is_file() and list(f.glob("lib/libnvrtc.so.*"))), None)
-  if not folder: raise RuntimeError("--target needs NVIDIA's compiler, not its card: pip install -r requirements-gpu.txt")
+  if not folder:
+    raise RuntimeError("--target needs NVIDIA's compiler, though no card: pip install -r requirements-gpu.txt")
   os.environ.update(NVRTC_PATH=str(next(folder.glob("lib/libnvrtc.so.*"))), CUDA_PATH=str(folder))
   os.environ["DEV"] = helpers.DEV.value = f"NULL:{target}"
   helpers.NULL_ALLOW_COPYOUT.value = 1
@@ -163,15 +173,17 @@ def count(step:Callable, arch:str, ptxas:Path, seconds:float, b:argparse.Namespa
     limit += max(ops/(tensor if cores else plain), mem/bandwidth)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     registers, spills = zip(*pool.map(lambda p: assembled(p, arch, ptxas), distinct))
-  return dict(kernels=len(made), distinct_kernels=len(distinct), gflop=total/1e9, tensor_core_share=on_cores/max(1, total),
-              gigabytes_moved=moved/1e9, flop_per_byte_loaded=by_products/max(1, loaded), registers_max=max(registers),
-              spill_bytes=sum(spills), compile_s=seconds, roofline_s=limit)
+  return dict(kernels=len(made), distinct_kernels=len(distinct), gflop=total/1e9,
+              tensor_core_share=on_cores/max(1, total), gigabytes_moved=moved/1e9,
+              flop_per_byte_loaded=by_products/max(1, loaded), registers_max=max(registers), spill_bytes=sum(spills),
+              compile_s=seconds, roofline_s=limit)
 
-def elsewhere(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:tuple[int, ...]):
+def elsewhere(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:Shape):
+  helpers.ALLOW_TF32.value = int(b.tf32)
   arch, ptxas = open_target(b.target)
   unet.setup()
   ddpm, state = DDPM(), train.State(config, tuple(f"NULL:{i}" for i in range(b.gpus)) if b.gpus > 1 else ("NULL",),
-                                    getattr(dtypes, b.dtype))
+                                    unet.DTYPES[b.dtype])
   result:dict = dict(target=b.target, dtype=b.dtype, batch=b.batch, gpus=b.gpus)
   for name, make in (("training", training_step), ("sampling", sampling_step)):
     step, once = make(state, ddpm, a, shape)
@@ -184,7 +196,8 @@ def elsewhere(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:tup
           f"{c['distinct_kernels']} distinct, compiled in {c['compile_s']:.0f} s\n"
           f"  {c['gflop']:.0f} GFLOP, {c['tensor_core_share']:.1%} on tensor cores, "
           f"{c['flop_per_byte_loaded']:.1f} for each byte that threads load there\n"
-          f"  {c['gigabytes_moved']:.2f} GB moved; {c['registers_max']} registers at most, {c['spill_bytes']} bytes spilled\n"
+          f"  {c['gigabytes_moved']:.2f} GB moved; {c['registers_max']} registers at most, "
+          f"{c['spill_bytes']} bytes spilled\n"
           f"  no less than {c['roofline_s']*1e3:.1f} ms by the data sheet's rates")
   result["memory_bytes"] = GlobalCounters.mem_used
   if b.json: print(json.dumps(result))
@@ -192,16 +205,17 @@ def elsewhere(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:tup
 def main(argv:list[str]|None=None):
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.error = lambda message: sys.exit(f"bench.py: {message}")                           # type: ignore[assignment]
-  p.add_argument("--preset", choices=SHAPES, default="mnist", help="the network of train.py's preset")
+  p.add_argument("--preset", choices=NETWORKS, default="mnist", help="whose network (mnist); 256: for 256x256 images")
   p.add_argument("--batch", type=number(int, 1, 2**20), default=32, help="images per step (32)")
-  p.add_argument("--dtype", choices=train.DTYPES, default="float32", help="of activations and products (float32)")
+  p.add_argument("--dtype", choices=unet.DTYPES, default="float32", help="of activations and products (float32)")
+  p.add_argument("--tf32", action="store_true", help="NVIDIA: products of float32 in TF32, on tensor cores")
   p.add_argument("--repeats", type=number(int, 1, 2**20), default=10, help="steps measured; the median counts (10)")
   p.add_argument("--gpus", type=number(int, 1, 64), default=1, help="with --target: cards that share a batch (1)")
   p.add_argument("--target", help="a card that need not be here, like CUDA:sm_90: compile and count, execute nothing")
   p.add_argument("--json", action="store_true", help="end with one line of JSON")
   b = p.parse_args(argv)
-  channels, size = SHAPES[b.preset]
-  a = train.arguments(["--dataset", b.preset, "--batch", str(b.batch), "--dtype", b.dtype, "--gpus", str(b.gpus)])
+  flags, channels, size = NETWORKS[b.preset]
+  a = train.arguments([*flags, "--batch", str(b.batch), "--dtype", b.dtype, "--gpus", str(b.gpus)])
   (elsewhere if b.target else here)(b, a, train.network(a, channels, size), (b.batch, channels, size, size))
 
 if __name__ == "__main__": run(main)

@@ -21,7 +21,7 @@ from files.device import captured, open_device
 from files.estimates import choose, geometric, in_batches, tensors
 from files.streams import stream
 from files.terminal import number, run
-from unet import UNet
+from unet import DTYPES, UNet, lower
 
 # *** Section 3.3, Eq. 5: the bound ***
 
@@ -171,6 +171,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   which.add_argument("--samples-t", type=some, metavar="M", help="M random t for each image, unbiased (default 20)")
   add("--seed", type=number(int, 0, 2**32 - 1), default=0)
   add("--batch", type=number(int, 1, 65536), default=32)
+  add("--dtype", choices=DTYPES, default="float32", help="of the network's activations and products")
+  add("--tf32", action="store_true", help="NVIDIA: products of float32 in TF32, on tensor cores")
   add("--raw", action="store_true", help="the weights as trained, not their moving average")
   add("--labels", action="store_true", help="give the model each image's class instead of none")
   add("--no-clip", action="store_true", help="do not clip x̂_0 to [-1, 1]")
@@ -204,6 +206,7 @@ def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """The checkpoint's path, network, diffusion and description; fits `a` to its T."""
   path = checkpoint.find(a.checkpoint, a.raw)
   model, meta = checkpoint.load(path, a.raw)
+  lower(model, DTYPES[a.dtype])
   try: ddpm = DDPM(**meta["ddpm"])
   except (KeyError, TypeError) as e: raise ValueError(f"{path} does not describe its diffusion: {e}") from e
   why = f"this model has T = {ddpm.T}"
@@ -305,7 +308,7 @@ def compare_samples(a:argparse.Namespace):
 def main(argv:list[str]|None=None):
   a = arguments(argv)
   if a.samples: return compare_samples(a)
-  open_device()
+  open_device(a.tf32)
   make_folders(a.json, a.rate_distortion, a.out if a.outliers else None)
   path, model, ddpm, meta = open_model(a)
   dataset, images, labels, index = open_images(a, path, model, meta)

@@ -28,7 +28,7 @@ from files import checkpoint, pictures
 from files.device import captured, open_device
 from files.streams import stream
 from files.terminal import number, progress, run
-from unet import UNet
+from unet import DTYPES, UNet, lower
 
 Steps = int | Sequence[int]
 Visits = Iterator[tuple[int, Tensor, Tensor]]
@@ -316,6 +316,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   p.add_argument("--n", type=number(int, 1), help="images (default: 16); rows of a figure; images of each class (8)")
   p.add_argument("--seed", type=number(int, 0), default=0)
   p.add_argument("--batch", type=number(int, 1), default=64, help="images at once: a matter of memory, not of result")
+  p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network's activations and products")
+  p.add_argument("--tf32", action="store_true", help="NVIDIA: products of float32 in TF32, on tensor cores")
   p.add_argument("--class", dest="label", type=number(int, 0), metavar="K",
                  help="of a class-conditional model (default: all of them equally)")
   p.add_argument("--guidance", type=number(float, 0, 100), metavar="W", help="0: no label, 1: plain (default), more")
@@ -417,10 +419,10 @@ def write(args:argparse.Namespace, x0:np.ndarray, ncols:int|None, movie:list[np.
 
 def main(argv:list[str]|None=None):
   args = arguments(argv)
-  open_device()
+  open_device(args.tf32)
   path = checkpoint.find(args.checkpoint, args.raw)
   net, meta = checkpoint.load(path, raw=args.raw)
-  ddpm, config = DDPM(**meta.get("ddpm", {})), net.config
+  ddpm, config = DDPM(**meta.get("ddpm", {})), lower(net, DTYPES[args.dtype]).config
   check(args, path, ddpm.T, config["num_classes"])
   times = timesteps(ddpm.T, ddpm.T if args.steps is None else args.steps, args.spacing)
   labels, shape = what_to_draw(args, config["num_classes"]), (config["in_channels"], *[config["image_size"]] * 2)

@@ -18,7 +18,7 @@ from files.device import captured, inside, open_device
 from files.streams import stream
 from files.terminal import clock, number, run, stoppable
 from files.weights import read_tensors, write_tensors
-from unet import UNet
+from unet import DTYPES, UNet
 
 # What differs by dataset; --help says what each is. cifar10 is the paper's Appendix B (warmup and groups the authors'
 # code's); the others are sized for two CPU cores.
@@ -34,8 +34,6 @@ PRESETS = {
                   warmup=5000, save_every=1000, sample_every=5000, flip=True)}
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 PRESETS["folder"] = PRESETS["cifar10"] | dict(steps=100_000, batch=32, channels=64, warmup=1000)
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # *** Algorithm 1 ***
 
@@ -162,7 +160,7 @@ def time_weights(ddpm:DDPM, a:argparse.Namespace) -> Tensor|None:
 # *** what it changes ***
 
 class State:
-  """Weights, their average (EMA), Adam's two moments and the gradient, each one flat buffer; the weights in `dtype` too.
+  """Weights, their average (EMA), Adam's two moments and the gradient, each one flat buffer; weights in `dtype` too.
 
   So a handful of kernels update all parameters at once. The two networks' weights lie inside these buffers: nothing is
   copied, and the average is never an alias of the weights."""
@@ -463,7 +461,7 @@ def main(argv:list[str]|None=None):
   null = int(labels.max())+1 if a.class_conditional else 0
   config, ddpm = network(a, C, H, null), DDPM(**diffusion(a))
   warn_if_clear(ddpm)
-  state = State(config, open_devices(device, a.gpus), getattr(dtypes, a.dtype))
+  state = State(config, open_devices(device, a.gpus), DTYPES[a.dtype])
   fixed = settings(a, config, images)
   with claim(out):
     begun, smooth = begin(state, a, out, fixed)

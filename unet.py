@@ -1,8 +1,8 @@
 """The network of DDPM, Appendix B: a U-Net that sees the noisy image x_t and the time t and returns an image.
 
 Inside, images are channels last, x (B,H,W,C), and a k x k convolution has weights (k,k,C,O). Every operation is written
-in plain tinygrad, to be checked against the paper. fast/ has those that are marked `@quick` as kernels of its own, which
-give the same numbers; they run instead unless PLAIN=1 is set or the folder is not there.
+in plain tinygrad, to be checked against the paper. fast/ has those that are marked `@quick` as kernels of its own,
+which give the same numbers; they run instead unless PLAIN=1 is set or the folder is not there.
 """
 import math
 import numpy as np
@@ -14,9 +14,9 @@ except ImportError: quick, setup = (lambda f: f), (lambda: None)
 # *** the network ***
 
 class UNet:
-  """ε_θ(x_t, t), Appendix B: x_t (B,C,H,W), t (B,) int32 in 1..T -> as x_t. The default arguments are CIFAR-10's network.
+  """ε_θ(x_t, t), Appendix B: x_t (B,C,H,W), t (B,) int32 in 1..T -> as x_t. The defaults are CIFAR-10's network.
 
-  channels, channel_mult: of the first level, and each level's multiple of it; a level has half the size of the one before
+  channels, channel_mult: of the first level, and each level's multiple of it; each has half the size of the one before
   num_res_blocks: residual blocks at each level, one more on the way up
   attn_resolutions: image sizes at which self-attention follows each of them
   dropout: probability inside the residual blocks; norm_groups: groups of GroupNorm
@@ -61,13 +61,14 @@ class UNet:
     freq = Tensor(np.exp(-math.log(10000) * np.arange(half) / (half-1)).astype(np.float32), device=t.device)
     angle = (t-1).cast(dtypes.float32).reshape(-1, 1) * freq  # t−1: the authors count time from 0
     emb = self.time2(self.time1(angle.sin().cat(angle.cos(), dim=1)).silu())
-    if null: emb = emb + (t*0 + null if y is None else y).one_hot(null+1).float() @ self.label.float()  # not in the paper
+    if null:  # not in the paper
+      emb = emb + (t*0 + null if y is None else y).one_hot(null+1).float() @ self.label.float()
     return emb.silu().contiguous()
 
   def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
     """Dropout is on when a `seed` for it is given, uint32 (1,): the same seed drops the same numbers on every device.
 
-    Activations and the operands of products are in self.dtype; sums, softmax and GroupNorm in float32 whatever it is."""
+    Activations and the operands of products are in self.dtype; sums, softmax and GroupNorm in float32 in any case."""
     emb, h = self.embed(t, y).cast(self.dtype), self.conv_in(x.permute(0, 2, 3, 1).cast(self.dtype))
     skips = [h]
     for layers in self.down:
@@ -79,8 +80,11 @@ class UNet:
       for layer in layers: h, seed = layer(h, emb, seed), following(seed)
     return self.conv_out(self.norm_out(h)).permute(0, 3, 1, 2).float()
 
+DTYPES = {"float32": dtypes.float32, "bfloat16": dtypes.bfloat16, "float16": dtypes.float16}
+
 def lower(model:UNet, dtype:DType) -> UNet:
   """The model with activations and the operands of products in `dtype`, its answers in float32 (not in the paper)."""
+  if dtype == dtypes.float32: return model
   model.dtype = dtype
   for p in nn.state.get_parameters(model):
     if p.ndim > 1: p.replace(p.cast(dtype).realize())  # scales, shifts and biases stay as they are
@@ -167,7 +171,7 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
 
 @quick
 def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True) -> Tensor:
-  """z = (x − μ)/√(σ² + 10⁻⁶) · weight + bias, μ and σ² of each group of C/groups channels; then SiLU, z · sigmoid(z)."""
+  """z = (x − μ)/√(σ² + 10⁻⁶) · weight + bias, μ and σ² of a group of C/groups channels; then SiLU, z · sigmoid(z)."""
   d = x.float().reshape(x.shape[0], -1, groups, x.shape[3]//groups)
   d = (d - d.mean((1, 3), keepdim=True)).contiguous()
   z = (d * (d.square().mean((1, 3), keepdim=True) + 1e-6).rsqrt()).reshape(x.shape) * weight + bias
@@ -185,11 +189,11 @@ def upsample(x:Tensor) -> Tensor:
   return x.reshape(B, H, 1, W, 1, C).expand(B, H, 2, W, 2, C).reshape(B, 2*H, 2*W, C)
 
 def following(seed:Tensor|None) -> Tensor|None:
-  """The next layer's seed, so that each drops other numbers; as a number of its own, not written into each one's kernel."""
+  """The next layer's seed: each drops other numbers. Made by itself, or each layer's kernel would be another one."""
   return None if seed is None else (seed + 1).contiguous()
 
 def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
-  """x with each number zeroed with probability p, where a hash of seed and place is small, the others divided by 1−p."""
+  """x with numbers zeroed with probability p, where a hash of seed and place is small, the others divided by 1−p."""
   h = Tensor.arange(x.numel(), dtype=dtypes.uint32).to(seed.device) * 0x9E3779B1 ^ (seed * 0x85EBCA77)
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): h = (h ^ (h >> shift)) * factor
   return (h >= int(p * 2**32)).reshape(x.shape).where(x, 0) / (1-p)

@@ -14,7 +14,7 @@ from tinygrad import Device, Tensor, dtypes
 def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
 
 def setup():
-  """Called where a program opens its device, where a network is built, and by each operation: all but the first do nothing."""
+  """Called where a program opens its device, where a network is built, and by each operation; once is enough."""
   compiler_is_found()
   if not plain(): install()
 

@@ -18,7 +18,7 @@ def outdated_clang() -> bool:
   return wide_vectors() and int((re.search(r"version (\d+)", version) or [0, 0])[1]) < 18
 
 def vector_lanes(device:str) -> int:
-  """float32 numbers in a vector where kernels are tiled by hand: on the CPU, which tinygrad renders as C. 0 elsewhere."""
+  """float32 numbers in a vector of the CPU, where tinygrad renders C and kernels are tiled by hand. 0 elsewhere."""
   if not device.startswith("CPU"): return 0
   return 16 if wide_vectors() and not outdated_clang() else 8
 
@@ -26,9 +26,9 @@ def install():
   """No float4 loads (DMC) and no guessed unrolling (NOOPT) on the CPU: before the first kernel is compiled, and in the
   environment as well, so that the processes that compile agree.
 
-  tinygrad loads four neighbours at once, which holds clang to vectors of 128 bits; left alone, it takes the full width. A
-  convolution runs three times as fast. A CPU renderer without float4, and kernels that bring their own schedule everywhere,
-  would make this unnecessary. A compiling process lives for all kernels instead of 16 of them."""
+  tinygrad loads four neighbours at once, which holds clang to vectors of 128 bits; left alone, it takes the full width.
+  A convolution runs three times as fast. A CPU renderer without float4, and kernels that bring their own schedule
+  everywhere, would make this unnecessary. A compiling process lives for all kernels instead of 16 of them."""
   os.environ.update(DMC="1", NOOPT="1")
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
   helpers.getenv.cache_clear()

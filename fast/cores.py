@@ -26,7 +26,7 @@ void run(word *command, word n, word me, word team, word *arrived, void (*give_w
       if (spins > 1000) give_way();
     }
   }
-}""" % (", ".join(["word"]*32), ", ".join(f"a[{k}]" for k in range(32)))
+}""" % (", ".join(["word"]*32), ", ".join(f"a[{k}]" for k in range(32)))  # noqa: UP031
 
 @functools.cache
 def cores() -> int:

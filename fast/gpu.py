@@ -1,8 +1,8 @@
-"""The operations that unet.py marks `@quick`, for devices with thousands of threads: products on tensor cores where there
-are some, in few kernels and few passes over memory. Padding, SiLU and additions are left to tinygrad, which fuses them with
-what makes or reads them; sums and products are in float32, whatever the type of x."""
+"""The operations that unet.py marks `@quick`, for devices with thousands of threads: products on tensor cores where
+there are some, in few kernels and few passes over memory. Padding, SiLU and additions are left to tinygrad, which fuses
+them with what makes or reads them; sums are in float32, whatever the type of x."""
 from __future__ import annotations
-import functools, math
+import functools
 from fast.schedules import divisor, group_opts, scheduled
 from tinygrad import Tensor, dtypes, function
 from tinygrad.dtype import DType
@@ -13,7 +13,9 @@ def loops(sizes:tuple[int, ...], first:int=0, kind:AxisType=AxisType.WEAK) -> tu
   ranges = [UOp.range(n, first+a, kind) if n > 1 else None for a, n in enumerate(sizes)]
   return [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges], [r for r in ranges if r is not None]
 
-def kernel(name:str, y:UOp, sizes:tuple[int, ...], reduced:tuple[int, ...], term, after=lambda at, total: total,
+Sizes = tuple[int, ...]
+
+def kernel(name:str, y:UOp, sizes:Sizes, reduced:Sizes, term, after=lambda at, total: total,
            opts:tuple|None=None) -> UOp:
   """y[at] = after(at, Σ term(at, inner)) for all `at` below `sizes`, inner below `reduced`."""
   at, outer = loops(sizes)
@@ -22,8 +24,8 @@ def kernel(name:str, y:UOp, sizes:tuple[int, ...], reduced:tuple[int, ...], term
   total = after(at, value.reduce(*summed, arg=Ops.ADD) if summed else value)
   return y[tuple(at)].store(total.cast(y.dtype)).end(*outer).sink(arg=KernelInfo(name, opts_to_apply=opts))
 
-def product_of(device:str, name:str, y:UOp, sizes:tuple[int, ...], reduced:tuple[int, ...], pair, after=lambda at, total: total) -> UOp:
-  """y[at] = after(at, Σ a · b), a, b = pair(at, inner): on tensor cores, or where they do not fit in float32."""
+def product_of(device:str, name:str, y:UOp, sizes:Sizes, reduced:Sizes, pair, after=lambda at, total: total) -> UOp:
+  """y[at] = after(at, Σ a · b), a, b = pair(at, inner): on tensor cores or, where they do not fit, in float32."""
   def low(at, inner): return (p := pair(at, inner))[0] * p[1]
   def full(at, inner): return (p := pair(at, inner))[0].cast(dtypes.float32) * p[1].cast(dtypes.float32)
   made = scheduled(kernel(name, y, sizes, reduced, low, after), device)
@@ -41,7 +43,7 @@ def first(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.
 # *** convolution: y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] ***
 
 def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device:str) -> UOp:
-  """flipped: with the kernel turned around and its input and output exchanged, w[k−1−i, k−1−j, o, c]: the gradient of x."""
+  """flipped: with w[k−1−i, k−1−j, o, c], turned around and its input and output exchanged: the gradient of x."""
   sizes, k = y.shape, w.shape[0]
   reduced = (k, k, x.shape[3])
   def pair(at, inner):
@@ -53,7 +55,7 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device
   return product_of(device, f"conv{k}_{sizes[1]}x{sizes[2]}_{x.shape[3]}_{sizes[3]}", y, sizes, reduced, pair, plus)
 
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
-  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o] over the images b of group n; g has a border of p to skip."""
+  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip."""
   (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
   reduced = (B//G, H-2*p, W-2*p)
   def pair(at, inner):
@@ -69,7 +71,7 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
 def conv_function(stride:int, n:int):
   """(x, w, n adds) -> y and x with its border, which the gradient of w needs."""
   def forward(x:Tensor, w:Tensor, *adds:Tensor) -> tuple[Tensor, Tensor]:
-    (B, S, _, C), k, O = x.shape, w.shape[0], w.shape[3]
+    (B, S, _, _), k, O = x.shape, w.shape[0], w.shape[3]
     lo, hi = (k//2, k//2) if stride == 1 else (0, 1)
     xp = x.pad((None, (lo, hi), (lo, hi), None))
     part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
@@ -88,9 +90,10 @@ def conv_function(stride:int, n:int):
       dx = launch(functools.partial(conv_kernel, stride=1, flipped=False, device=device), (B, H, H, 4*C), x.dtype,
                   g.pad((None, (1, 0), (1, 0), None)), taps.reshape(2, 2, O, 4*C))
       dx = dx.reshape(B, H, H, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(B, S, S, C)
-    # sums of groups of images, then over the groups: enough threads for every shape; 16 of them where a row is too short
+    # sums of groups of images, then over the groups: enough threads for every shape; groups of 16 where a row is short
     groups = divisor(B if H > 4 else max(1, B//16), 8)
-    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=device), (groups, *w.shape), dtypes.float32, xp, gp)
+    part = functools.partial(weight_kernel, stride=stride, p=p, device=device)
+    dw = launch(part, (groups, *w.shape), dtypes.float32, xp, gp)
     images = columns(gp)    # the border is zeros
     def da(a:Tensor) -> UOp:
       if a.shape == g.shape: return g.uop
@@ -104,16 +107,15 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
 
 # *** sums over the pixels ***
 
-def column_kernel(y:UOp, *xs:UOp, value, name:str) -> UOp:
-  """y[..., a, c] = Σ_r value(at, r, *xs)"""
-  R = xs[0].shape[1]
-  return kernel(f"{name}_{R}_{y.shape[-1]}", y, y.shape, (R,), lambda at, inner: value(at, inner[0], *xs))
+def column_kernel(y:UOp, x:UOp) -> UOp:
+  """y[b,c] = Σ_r x[b,r,c]"""
+  def term(at, inner): return x[at[0], inner[0], at[1]]
+  return kernel(f"sum_{x.shape[1]}_{x.shape[2]}", y, y.shape, (x.shape[1],), term)
 
 def columns(x:Tensor) -> Tensor:
   """(B,H,W,C) -> (B,C): sums over the pixels."""
   B, H, W, C = x.shape
-  return launch(functools.partial(column_kernel, value=lambda at, r, x: x[at[0], r, at[1]], name="sum"), (B, C), dtypes.float32,
-                x.reshape(B, H*W, C))
+  return launch(column_kernel, (B, C), dtypes.float32, x.reshape(B, H*W, C))
 
 # *** GroupNorm, then SiLU: z = (x − μ)/σ · weight + bias ***
 
@@ -127,7 +129,7 @@ def statistic_kernel(y:UOp, x:UOp, *mean:UOp, device:str) -> UOp:
   return kernel(f"{'deviation' if mean else 'mean'}_{R}_{C}", y, y.shape, (R, n), term, after, group_opts(device, R))
 
 def gradient_sums(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, weight:UOp, bias:UOp, silu:bool, device:str) -> UOp:
-  """y[0,b,c] = Σ_r g f'(z), y[1,b,c] = Σ_r g f'(z) d: sums over the pixels, d = (x − μ)/σ, z = d · weight + bias, f SiLU."""
+  """y[0,b,c] = Σ_r g f'(z), y[1,b,c] = Σ_r g f'(z) d over the pixels, d = (x − μ)/σ, z = d · weight + bias, f SiLU."""
   (_, R, C), n = x.shape, x.shape[2]//mean.shape[1]
   def term(at, inner):
     (q, b, c), (r,) = at, inner
@@ -147,7 +149,8 @@ def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True)
 def norm_function(groups:int, silu:bool):
   """(x, weight, bias) -> f(z), μ and 1/σ."""
   def spread(v:Tensor, C:int) -> Tensor:  # (B,G) -> (B,1,1,C)
-    return v.reshape(v.shape[0], 1, 1, groups, 1).expand(v.shape[0], 1, 1, groups, C//groups).reshape(v.shape[0], 1, 1, C)
+    B = v.shape[0]
+    return v.reshape(B, 1, 1, groups, 1).expand(B, 1, 1, groups, C//groups).reshape(B, 1, 1, C)
   def forward(x:Tensor, weight:Tensor, bias:Tensor) -> tuple[Tensor, ...]:
     (B, H, W, C), part = x.shape, functools.partial(statistic_kernel, device=first(x))
     flat = x.reshape(B, H*W, C)
@@ -157,7 +160,8 @@ def norm_function(groups:int, silu:bool):
     return (z.silu() if silu else z).cast(x.dtype), mean, rstd
   def backward(g:UOp, call:UOp) -> tuple[UOp, ...]:
     x, weight, bias = [Tensor(u) for u in call.src[1:4]]
-    g, mean, rstd, (B, H, W, C) = Tensor(g).cast(x.dtype), Tensor(call.gettuple(1)), Tensor(call.gettuple(2)), x.shape
+    g, mean, rstd = Tensor(g).cast(x.dtype), Tensor(call.gettuple(1)), Tensor(call.gettuple(2))
+    B, H, W, C = x.shape
     sums = launch(functools.partial(gradient_sums, silu=silu, device=first(x)), (2, B, C), dtypes.float32,
                   g.reshape(B, H*W, C), x.reshape(B, H*W, C), mean, rstd, weight, bias)
     means = ((sums * weight).reshape(2, B, groups, -1).sum(3) / (H*W*C//groups)).contiguous()
@@ -180,17 +184,18 @@ def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, devic
 
 def product(a:Tensor, b:Tensor, dtype:DType, rows:bool=False, cols:bool=False, scale:float=1.) -> Tensor:
   shape = (a.shape[0], a.shape[2 if rows else 1], b.shape[1 if cols else 2])
-  return launch(functools.partial(product_kernel, rows=rows, cols=cols, scale=scale, device=first(a)), shape, dtype, a, b)
+  part = functools.partial(product_kernel, rows=rows, cols=cols, scale=scale, device=first(a))
+  return launch(part, shape, dtype, a, b)
 
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
   """unet.attention."""
   return attention_function(q, k, v)[0]
 
 def attention_backward(g:UOp, call:UOp) -> tuple[UOp, ...]:
-  (q, k, v), p, g, scale = [Tensor(u) for u in call.src[1:4]], Tensor(call.gettuple(1)), Tensor(g), call.src[1].shape[2]**-0.5
-  g = g.cast(q.dtype)
+  (q, k, v), p = [Tensor(u) for u in call.src[1:4]], Tensor(call.gettuple(1))
+  g, scale = Tensor(g).cast(q.dtype), q.shape[2]**-0.5
   dp = product(g, v, dtypes.float32, cols=True)
-  ds = (p.float() * (dp - (dp * p.float()).sum(2, keepdim=True).contiguous())).cast(q.dtype)  # the softmax's
+  ds = (p.float() * (dp - (dp * p.float()).sum(2, keepdim=True).contiguous())).cast(q.dtype)  # of softmax's argument
   return (product(ds, k, q.dtype, scale=scale).uop, product(ds, q, q.dtype, rows=True, scale=scale).uop,
           product(p, g, q.dtype, rows=True).uop, *(None for _ in call.src[4:]))
 

@@ -1,6 +1,6 @@
 """A quick start: schedules and lowered kernels kept in tinygrad's cache on the disk."""
 from __future__ import annotations
-import functools, hashlib, importlib.metadata, os, pathlib, sys, time
+import hashlib, importlib.metadata, os, pathlib, sys, time
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
 from tinygrad import Device, helpers
 from tinygrad.uop.ops import CallInfo, Ops, UOp
@@ -17,7 +17,8 @@ class Kept(dict):
     code = [f.read_bytes() for f in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
     self.settings = repr((importlib.metadata.version("tinygrad"), os.environ.get("DMC"), settings,
                           hashlib.sha256(b"".join(code)).hexdigest()))  # a kernel of ours that changes is another one
-    self.missing, self.made, self.told = set(), 0, time.monotonic()
+    self.missing:set = set()
+    self.made, self.told = 0, time.monotonic()
   def digest(self, key) -> str: return hashlib.sha256(repr((self.settings, key)).encode()).hexdigest()
   def __contains__(self, key) -> bool:
     if (found := self.get(key)) is None: self.missing.add(key)
@@ -49,8 +50,8 @@ def with_code(key:tuple, program:UOp) -> UOp:
   return program.replace(src=(*program.src, UOp(Ops.BINARY, arg=compiler.compile_cached(program.src[2].arg))))
 
 def install():
-  """A second program starts in 5 s instead of 40. tinygrad's own caches of these live as long as the process; if it kept
-  them on the disk, this would be unnecessary."""
+  """A second program starts in 5 s instead of 40. tinygrad's own caches of these live as long as the process; if it
+  kept them on the disk, this would be unnecessary."""
   # tinygrad's own holds an address, and so would make a new key each time
   CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"
   tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")

@@ -1,16 +1,17 @@
-"""How a device runs a kernel's loops: beside the kernels, which are loops alone. Tensor cores (NVIDIA, Apple, AMD) where
-the device has some for the type and the loops fit them, else tinygrad's own choice. The CPU's register tile is in kernels.py."""
+"""How a device runs a kernel's loops, beside the kernels, which are loops alone: on tensor cores (NVIDIA, Apple, AMD)
+where it has some for the type and the loops fit them, else as tinygrad chooses. The CPU's tile is in kernels.py."""
 from __future__ import annotations
 import dataclasses, functools
 from tinygrad import Device, codegen
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
-from tinygrad.dtype import DType, dtypes
+from tinygrad.dtype import dtypes
 from tinygrad.helpers import ALLOW_TF32, Context
 from tinygrad.renderer import Renderer
-from tinygrad.uop.ops import AxisType, Ops, UOp, graph_rewrite
+from tinygrad.uop.ops import Ops, UOp, graph_rewrite
 
-TILES_N, TILES_M, WARPS = 8, 4, 2  # what a thread keeps of a product, in tiles of its tensor core; warps of a block, each way
+# what a thread keeps of a product, in tiles of its tensor core, and the warps of a block, each way
+TILES_N, TILES_M, WARPS = 8, 4, 2
 
 @functools.cache
 def renderer(device:str) -> Renderer:
@@ -25,9 +26,9 @@ def scheduled(kernel:UOp, device:str) -> UOp|None:
 def schedule(kernel:UOp, ren:Renderer) -> tuple[Opt, ...]|None:
   if not ren.tensor_cores or not any(u.op is Ops.REDUCE for u in kernel.backward_slice): return None
   # the loops as tinygrad will see them: it merges those that run on from one another
-  for matcher, ctx in ((codegen.multi_pm, None), (codegen.pm_mops, None), (codegen.sym + codegen.pm_flatten_range, None),
-                       (codegen.pm_flatten_range + codegen.pm_simplify_ranges, {})):
-    kernel = graph_rewrite(kernel, matcher, ctx=ctx, bottom_up=matcher is codegen.pm_mops)
+  kernel = graph_rewrite(graph_rewrite(kernel, codegen.multi_pm), codegen.pm_mops, bottom_up=True)
+  kernel = graph_rewrite(kernel, codegen.sym + codegen.pm_flatten_range)
+  kernel = graph_rewrite(kernel, codegen.pm_flatten_range + codegen.pm_simplify_ranges, ctx={})
   s = Scheduler(kernel, ren)
   s.convert_loop_to_global()
   return tensor_core_schedule(s)
@@ -35,18 +36,20 @@ def schedule(kernel:UOp, ren:Renderer) -> tuple[Opt, ...]|None:
 def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n % d == 0)
 
 def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
-  """Which loop is the tensor core's N, M and K: of all choices that fit, the one that pads least, then that with the longest
-  K. A thread then keeps TILES_N x TILES_M tiles, so that each number it loads serves several."""
+  """Which loop is the tensor core's N, M and K: of all choices that fit, the one that pads least, then that with the
+  largest tile and the longest K. A thread then keeps TILES_N x TILES_M tiles: each number it loads serves several."""
   reduce = s.reduceops[0]
   product = reduce.src[0].src[0] if reduce.src[0].op is Ops.CAST else reduce.src[0]
   x, w = product.src
-  number = next((i for i, c in enumerate(s.ren.tensor_cores) if c.dtype_in == x.dtype == w.dtype and c.dtype_out == reduce.dtype
-                 and (x.dtype != dtypes.float32 or s.ren.target.device not in ("CUDA", "NV") or ALLOW_TF32)), None)
+  tf32 = x.dtype == dtypes.float32 and s.ren.target.device in ("CUDA", "NV")
+  number = next((i for i, c in enumerate(s.ren.tensor_cores)
+                 if c.dtype_in == x.dtype == w.dtype and c.dtype_out == reduce.dtype and (not tf32 or ALLOW_TF32)),
+                None)
   if number is None: return None
   # tinygrad numbers the choices in this order: w's own loops, x's own, those summed over, each from the last loop down
   down = lambda ranges: sorted(ranges, key=lambda r: r.arg[0], reverse=True)
-  choices = [(n, m, k) for n in down(r for r in w.ranges if r not in x.ranges) for m in down(r for r in x.ranges if r not in w.ranges)
-             for k in down(reduce.src[1:])]
+  x_own, w_own = down(r for r in x.ranges if r not in w.ranges), down(r for r in w.ranges if r not in x.ranges)
+  choices = [(n, m, k) for n in w_own for m in x_own for k in down(reduce.src[1:])]
   dims, best = s.ren.tensor_cores[number].dims, None
   for i, ranges in enumerate(choices):
     sizes = [r.vmax+1 for r in ranges]
@@ -65,8 +68,8 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
       return amount
     across = split(n, OptOps.UPCAST, TILES_N)
     rows = split(m, OptOps.UPCAST, TILES_N*TILES_M//max(across, TILES_M))
-    for r in down(r for r in x.ranges if r not in w.ranges and r is not m and r not in reduce.src[1:]):
-      if rows < TILES_M: rows *= split(r, OptOps.UPCAST, TILES_M//rows)
+    for r in x_own:
+      if rows < TILES_M and r is not m: rows *= split(r, OptOps.UPCAST, TILES_M//rows)
     for r in (n, m): split(r, OptOps.LOCAL, WARPS)
   except KernelOptError: return None
   return tuple(s.applied_opts)

@@ -11,7 +11,7 @@ from tinygrad.uop.ops import UOp
 
 @functools.cache
 def clang(named:str|None=None) -> str|None:
-  """The C compiler for tinygrad's CPU device: `named` ($CC), else the newest clang, which Debian calls clang-19 or so."""
+  """The C compiler for tinygrad's CPU device: `named` ($CC), else the newest clang, which Debian calls clang-19."""
   names = [named] if named else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
   return next((c for n in names if (c := shutil.which(n))), None)
 
@@ -31,7 +31,7 @@ initializer = worker._init_worker
 
 def start_worker():
   """What each of tinygrad's compiling processes begins with. They ignore Ctrl-C, and here SIGTERM as well: the main one
-  stops when its step is done, and it would wait for ever for what a killed one owes it. (`timeout`, say, signals all.)"""
+  stops when its step is done, and would wait for ever for what a killed one owes it. (`timeout`, say, signals all.)"""
   initializer()
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -44,7 +44,7 @@ def open_device(tf32:bool=False) -> str:
   if tf32: os.environ["ALLOW_TF32"], ALLOW_TF32.value = "1", 1
   asked, compiler = os.environ.get("DEV", ""), find_compiler()
   os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-w")  # PoCL prints its compiler's warnings, which no user can act on
-  missing = ("no GPU was found and " if not asked else "") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
+  missing = ("" if asked else "no GPU was found and ") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
     "apt-get install clang; macOS: xcode-select --install) or set CC to where it is"
   try:
     device = Device[Device.DEFAULT].device
@@ -93,8 +93,8 @@ def inside(flat:Tensor, start:int, shape:tuple[int, ...]) -> Tensor:
   """The part of a flat tensor that begins at `start`, with a buffer of its own that lies within flat's.
 
   A slice would have its place written into each kernel that touches it, and each of these be compiled by itself. Where
-  the device knows no such buffers (OpenCL), or flat lies on several, it is a slice. tinygrad sees the two as strangers: who
-  reads one after the other was written says so by `after`."""
+  the device knows no such buffers (OpenCL), or flat lies on several, it is a slice. To tinygrad the two are strangers:
+  realize what writes the one before what reads the other is made."""
   device, size = flat.device, math.prod(shape)
   if not isinstance(device, str) or type(Device[device].allocator)._offset is Allocator._offset:
     return flat[start:start+size].reshape(shape)

@@ -17,7 +17,8 @@ close = np.testing.assert_allclose
 
 def rng(seed=0): return np.random.default_rng(seed)
 def f32(a): return Tensor(np.asarray(a, np.float32)).realize()
-def arr(*shape, seed=0, scale=1.0): return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
+def arr(*shape, seed=0, scale=1.0):
+  return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
 
 def random_model(**kw):
   """A network whose last layers are not near 0, so that every weight has an influence."""

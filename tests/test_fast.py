@@ -21,8 +21,8 @@ def python(program, cwd=ROOT, **env):
 
 def test_importing_does_nothing_but_define_names():
   """In any order: no environment variable, no attribute of a tinygrad module, no thread, no device."""
-  names = ["ddpm", "unet", "data", "train", "sample", "evaluate", "beyond", "bench", "files.checkpoint", "files.hub", "files.device",
-           "fast", "fast.operations", "fast.cores", "fast.quickstart", "fast.compiler"]
+  names = ["ddpm", "unet", "data", "train", "sample", "evaluate", "beyond", "bench", "files.checkpoint", "files.hub",
+           "files.device", "fast", "fast.operations", "fast.gpu", "fast.cores", "fast.quickstart", "fast.compiler"]
   program = """if True:
     import os, sys, threading, importlib, pkgutil, tinygrad
     for m in pkgutil.walk_packages(tinygrad.__path__, "tinygrad."):
@@ -31,8 +31,8 @@ def test_importing_does_nothing_but_define_names():
       modules = [(n, m) for n, m in sys.modules.items() if n.split(".")[0] == "tinygrad"]
       classes = [(f"{{n}}.{{k}}", c) for n, m in modules for k, c in vars(m).items() if isinstance(c, type)]
       return {{(n, k): id(v) for n, m in modules + classes for k, v in list(vars(m).items())
-               if k not in ("__dict__", "__weakref__", "__annotations__", "__annotations_cache__", "__dataclass_fields__",
-                            "__abstractmethods__", "_abc_impl", "__static_attributes__")
+               if k not in ("__dict__", "__weakref__", "__annotations__", "__annotations_cache__", "_abc_impl",
+                            "__dataclass_fields__", "__abstractmethods__", "__static_attributes__")
                and not isinstance(v, type(sys)) and k not in ("DEV",)}}
     before, env = state(), dict(os.environ)
     for name in {order}: importlib.import_module(name)
@@ -42,13 +42,15 @@ def test_importing_does_nothing_but_define_names():
     assert threading.active_count() == 1
     assert not tinygrad.Device._opened_devices, tinygrad.Device._opened_devices
     print("ok")"""
-  inside = ["tinygrad.codegen", "tinygrad.engine.realize", "tinygrad.engine.jit", "tinygrad.schedule", "tinygrad.uop.ops",
-            "tinygrad.helpers", "tinygrad.device", "tinygrad.renderer.cstyle", "tinygrad.tensor", "tinygrad.nn", "tinygrad.runtime.ops_cpu"]
+  inside = ["tinygrad.codegen", "tinygrad.engine.realize", "tinygrad.engine.jit", "tinygrad.schedule",
+            "tinygrad.uop.ops", "tinygrad.helpers", "tinygrad.device", "tinygrad.renderer.cstyle", "tinygrad.tensor",
+            "tinygrad.nn", "tinygrad.codegen.opt.postrange", "tinygrad.runtime.ops_cpu"]
   for order in (names, names[::-1]): assert python(program.format(names=inside, order=order)) == "ok\n"
 
 def test_without_the_folder_everything_still_works(tmp_path):
-  shutil.copytree(ROOT, tmp_path/"copy", ignore=shutil.ignore_patterns(".*", "fast", "runs", "assets", "checkpoints", "__pycache__"))
-  small = ["--dataset", "glyphs", "--channels", "8", "--channel-mult", "1", "--attn", "", "--norm-groups", "4", "--T", "20"]
+  left_out = shutil.ignore_patterns(".*", "fast", "runs", "assets", "checkpoints", "__pycache__")
+  shutil.copytree(ROOT, tmp_path/"copy", ignore=left_out)
+  small = "--dataset glyphs --channels 8 --channel-mult 1 --attn 4 --norm-groups 4 --T 20".split()
   def program(name, *flags):
     r = subprocess.run([sys.executable, name, *flags], cwd=tmp_path/"copy", capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
@@ -122,7 +124,8 @@ SECOND = """if True:
 
 def test_a_second_program_schedules_and_lowers_nothing(tmp_path):
   def call(other=0, **env):
-    return python(SECOND.replace("OTHER", str(other)), CACHEDB=str(tmp_path/"cache.db"), CACHELEVEL="2", PLAIN="0", **env).split()
+    own = dict(CACHEDB=str(tmp_path/"cache.db"), CACHELEVEL="2", PLAIN="0") | env
+    return python(SECOND.replace("OTHER", str(other)), **own).split()
   first, second, other = call(), call(), call(1)
   assert first[0] == "True" and second[0] == "False" and first[1:] == second[1:]
   assert other[0] == "True" and other[2] == first[2]  # what is new is made
@@ -134,7 +137,8 @@ def test_kept_schedules_know_the_kernels_code(tmp_path):
     copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
     copy(ROOT/name, tmp_path/name)
   def call():
-    return python(SECOND.replace("OTHER", "0"), tmp_path, CACHEDB=str(tmp_path/"cache.db"), CACHELEVEL="2", PLAIN="0").split()
+    own = dict(CACHEDB=str(tmp_path/"cache.db"), CACHELEVEL="2", PLAIN="0")
+    return python(SECOND.replace("OTHER", "0"), tmp_path, **own).split()
   first = call()
   assert call()[0] == "False"
   with open(tmp_path/"fast"/"kernels.py", "a") as f: f.write("\n# edited\n")

@@ -1,6 +1,5 @@
-"""GPUs without one: kernels for tensor cores run on tinygrad's emulators of three vendors; a step is compiled for a card."""
+"""GPUs without one: kernels for tensor cores on tinygrad's emulators of three vendors; a step compiled for a card."""
 import importlib.util, json, os, subprocess, sys
-import numpy as np
 import pytest
 from common import ROOT
 
@@ -25,7 +24,7 @@ EMULATED = """if True:
     H = x.shape[1] - k + 1
     return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+H, j:j+H], w[i, j]) for i in range(k) for j in range(k)), x
   errors = {}
-  for B, S, C, O, k in ((16, 2, 16, 8, 3), (1, 16, 16, 8, 3), (16, 2, 16, 16, 1)):  # M is the images, a row of pixels, both
+  for B, S, C, O, k in ((16, 2, 16, 8, 3), (1, 16, 16, 8, 3), (16, 2, 16, 16, 1)):  # M: images, a row of pixels, both
     x, w, g = draw(B, S, S, C), draw(k, k, C, O), draw(B, S, S, O)
     y = gpu.convolve(x, w)
     dx, dw = (y * g).sum().gradient(x, w)
@@ -42,10 +41,12 @@ EMULATED = """if True:
   ds = p * (dp - (dp * p).sum(2, keepdims=True)) / 4
   grads = (out * g).sum().gradient(q, k, v)
   errors |= {"attention": error(out, p @ num(v)), "dq": error(grads[0], ds @ num(k)),
-             "dk": error(grads[1], ds.transpose(0, 2, 1) @ num(q)), "dv": error(grads[2], p.transpose(0, 2, 1) @ num(g))}
+             "dk": error(grads[1], ds.transpose(0, 2, 1) @ num(q)),
+             "dv": error(grads[2], p.transpose(0, 2, 1) @ num(g))}
   print(len(chosen), sum(chosen), max(errors.values()), max((v, k) for k, v in errors.items())[1])"""
 
-@pytest.mark.parametrize("device,dtype", [("PYTHON::sm_80", "bfloat16"), ("PYTHON::METAL", "bfloat16"), ("PYTHON::METAL", "float32"),
+@pytest.mark.parametrize("device,dtype", [
+  ("PYTHON::sm_80", "bfloat16"), ("PYTHON::METAL", "bfloat16"), ("PYTHON::METAL", "float32"),
   ("PYTHON::gfx1100", "bfloat16"),
   *[pytest.param(d, "float16", marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="needs Python 3.12"))
     for d in ("PYTHON::sm_80", "PYTHON::METAL", "PYTHON::gfx1100")]])
@@ -65,12 +66,14 @@ LOWERED = """if True:
   from common import arr, random_model
   from ddpm import DDPM
   from tinygrad import Tensor, dtypes, nn
-  d, x0, eps, t = DDPM(), Tensor(arr(2, 1, 8, 8).clip(-1, 1)), Tensor(arr(2, 1, 8, 8, seed=1)), Tensor(np.array([20, 700], np.int32))
+  d, x0, eps = DDPM(), Tensor(arr(2, 1, 4, 4).clip(-1, 1)), Tensor(arr(2, 1, 4, 4, seed=1))
+  t = Tensor(np.array([20, 700], np.int32))
   def step(dtype):
-    model = unet.lower(random_model(), dtype)
+    scale = x0.numel() if dtype == dtypes.float16 else 1  # loss scaling
+    model = unet.lower(random_model(channel_mult=(1,), image_size=4), dtype)
     loss = d.loss_simple(model, x0, t, eps)
-    grads = (loss * (x0.numel() if dtype == dtypes.float16 else 1)).gradient(*nn.state.get_parameters(model))
-    return loss.item(), np.concatenate([g.float().numpy().ravel() for g in grads]) / (x0.numel() if dtype == dtypes.float16 else 1)
+    grads = (loss * scale).gradient(*nn.state.get_parameters(model))
+    return loss.item(), np.concatenate([g.float().numpy().ravel() for g in grads]) / scale
   (loss, grad), (low_loss, low) = step(dtypes.float32), step(getattr(dtypes, sys.argv[1]))
   print(abs(low_loss - loss) / loss, np.linalg.norm(low - grad) / np.linalg.norm(grad))"""
 
@@ -78,23 +81,24 @@ LOWERED = """if True:
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_loss_and_gradients_in_lower_precision(dtype, plain):
   """Of a small network, against float32: they differ by the type's rounding, which some twenty layers have added up."""
-  r = subprocess.run([sys.executable, "-c", LOWERED, dtype], cwd=ROOT, env=os.environ | {"PLAIN": str(plain)}, capture_output=True,
-                     text=True)
+  r = subprocess.run([sys.executable, "-c", LOWERED, dtype], cwd=ROOT, env=os.environ | {"PLAIN": str(plain)},
+                     capture_output=True, text=True)
   assert r.returncode == 0, r.stderr[-2000:]
   loss, grad = map(float, r.stdout.split())
   limit = {"bfloat16": 0.05, "float16": 0.008}[dtype]
   assert loss < limit and 1e-5 < grad < limit
 
-@pytest.mark.skipif(not importlib.util.find_spec("nvidia"), reason="needs NVIDIA's compiler: pip install -r requirements-gpu.txt")
+@pytest.mark.skipif(not importlib.util.find_spec("nvidia"), reason="needs the wheels of requirements-gpu.txt")
 def test_a_step_is_compiled_for_a_card_that_is_not_here(tmp_path):
   """bench.py --target: what it prints of the glyphs preset, against what can be known beforehand."""
-  r = subprocess.run([sys.executable, "bench.py", "--preset", "glyphs", "--batch", "16", "--dtype", "bfloat16", "--target", "CUDA:sm_90",
-                      "--json"], cwd=ROOT, env=os.environ | {"CACHEDB": str(tmp_path/"cache.db")}, capture_output=True, text=True)
+  flags = "--preset glyphs --batch 16 --dtype bfloat16 --target CUDA:sm_90 --json".split()
+  r = subprocess.run([sys.executable, "bench.py", *flags], cwd=ROOT, capture_output=True, text=True,
+                     env=os.environ | {"CACHEDB": str(tmp_path/"cache.db")})
   assert r.returncode == 0, r.stderr[-2000:]
   out = json.loads(r.stdout.splitlines()[-1])
   assert out["tensor_core_share"] > 0.9 and out["spill_bytes"] == 0 and 16 < out["registers_max"] <= 255
   assert out["distinct_kernels"] < out["kernels"] and out["flop_per_byte_loaded"] > 4
-  assert out["roofline_s"] >= out["gflop"] / 1e6 and out["roofline_s"] >= out["gigabytes_moved"] / 3.4e3  # the data sheet's rates
+  assert out["roofline_s"] >= max(out["gflop"] / 989e3, out["gigabytes_moved"] / 3350)  # the data sheet's rates
 
 @pytest.mark.parametrize("target", ("CUDA:sm_1", "TPU", "METAL:M1"))
 def test_targets_that_cannot_be_compiled_for(target):

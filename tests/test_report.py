@@ -64,8 +64,8 @@ def test_no_part_outlives_the_whole(tmp_path, monkeypatch):
 
 def test_slowest_kernels():
   """The last training step; the calls of one name together, their rates weighted by time."""
-  log = "scheduled 3 kernels\n" + "".join(
-    f"*** CUDA    {n:4d} {name:46s} arg  2 mem   0.03 GB tm {tm:>11s}/     7.00ms ({flops} {rates})\n"  # as tinygrad prints
+  log = "scheduled 3 kernels\n" + "".join(  # as tinygrad prints
+    f"*** CUDA    {n:4d} {name:46s} arg  2 mem   0.03 GB tm {tm:>11s}/     7.00ms ({flops} {rates})\n"
     for n, name, tm, flops, rates in [
       (1, "E_9", "9.00s ", "      9 GFLOPS", "   9|9      GB/s"),
       (1, "conv3_8x8_64_64", "1.00ms", "    200 GFLOPS", "  10|99     GB/s"),

@@ -40,13 +40,15 @@ def check(ours, by_hand, *arrays, atol=1e-5):
 
 # *** operations ***
 
-@pytest.mark.parametrize("B,S,C,O,k,stride", [(2, 6, 5, 16, 3, 1), (8, 4, 16, 3, 3, 1), (3, 6, 4, 8, 3, 2), (2, 3, 16, 32, 1, 1),
-                                              (4, 1, 8, 8, 1, 1), (2, 8, 1, 4, 3, 2), (1, 7, 3, 5, 3, 1)])
+@pytest.mark.parametrize("B,S,C,O,k,stride", [
+  (2, 6, 5, 16, 3, 1), (8, 4, 16, 3, 3, 1), (3, 6, 4, 8, 3, 2), (2, 3, 16, 32, 1, 1), (4, 1, 8, 8, 1, 1),
+  (2, 8, 1, 4, 3, 2), (1, 7, 3, 5, 3, 1)])
 def test_convolution(B, S, C, O, k, stride, way):
   lo, hi = (k//2, k//2) if stride == 1 else (0, 1)
   by_hand = lambda x, w, *adds: conv_by_hand(x, w, stride, lo, hi) + sum(adds)
-  check(lambda *a: unet.convolve(*a, stride=stride), by_hand, arr(B, S, S, C), arr(k, k, C, O, seed=1), arr(1, 1, 1, O, seed=2),
-        arr(B, 1, 1, O, seed=3), arr(B, S//stride, S//stride, O, seed=4), atol=2e-4)
+  adds = arr(1, 1, 1, O, seed=2), arr(B, 1, 1, O, seed=3), arr(B, S//stride, S//stride, O, seed=4)
+  check(lambda *a: unet.convolve(*a, stride=stride), by_hand, arr(B, S, S, C), arr(k, k, C, O, seed=1), *adds,
+        atol=2e-4)
 
 def test_linear(way):
   check(unet.linear, lambda x, w, b: x @ w + b, arr(3, 8), arr(8, 12, seed=1), arr(12, seed=2))
@@ -60,7 +62,8 @@ def test_group_norm(silu, way):
   def by_hand(x, w, b):
     z = normalized(x, 3) * w + b
     return z / (1 + np.exp(-z)) if silu else z
-  check(lambda x, w, b: unet.group_norm(x, w, b, 3, silu), by_hand, arr(3, 4, 4, 12, scale=2) + 1, arr(12, seed=1), arr(12, seed=2))
+  check(lambda x, w, b: unet.group_norm(x, w, b, 3, silu), by_hand,
+        arr(3, 4, 4, 12, scale=2) + 1, arr(12, seed=1), arr(12, seed=2))
 
 def test_group_norm_far_from_zero(way):
   x = arr(2, 4, 4, 8) + 300  # Σx² − (Σx)² in float32 would lose the variance
@@ -164,7 +167,8 @@ def test_known_answers(case, way):
   out = model(Tensor(known["x"]), Tensor((known["timestep_from_0"]+1).astype(np.int32))).numpy()
   assert np.abs(out - known["eps"]).max() < 1e-4 * np.abs(known["eps"]).max()
 
-@pytest.mark.parametrize("wrong,word", [({"image_size": 9}, "divide"), ({"norm_groups": 3}, "groups"), ({"channels": 7}, "even|groups"),
-                                        ({"dropout": 1.0}, "dropout"), ({"channel_mult": ()}, "size"), ({"num_classes": -1}, "size")])
+@pytest.mark.parametrize("wrong,word", [
+  ({"image_size": 9}, "divide"), ({"norm_groups": 3}, "groups"), ({"channels": 7}, "even|groups"),
+  ({"dropout": 1.0}, "dropout"), ({"channel_mult": ()}, "size"), ({"num_classes": -1}, "size")])
 def test_sizes_that_do_not_fit(wrong, word):
   with pytest.raises(ValueError, match=word): unet.UNet(**{**TINY, **wrong})
