@@ -32,16 +32,16 @@ def install():
   quickstart.install()
 
 def quick(plainly:Callable) -> Callable:
-  """Runs the operation of this name in fast/operations.py in the place of unet.py's own, unless PLAIN=1 is set."""
+  """Runs the operation of this name in cpu.py or gpu.py in the place of unet.py's own, unless PLAIN=1 is set."""
   @functools.wraps(plainly)
   def operation(*args, **options):
     setup()
     if plain(): return plainly(*args, **options)
-    from fast import gpu, operations
+    from fast import cpu, gpu
     x, name = args[0], plainly.__name__
     if not gpu.first(x).startswith("CPU"): return getattr(gpu, name)(*args, **options)
-    if x.dtype == dtypes.float32: return getattr(operations, name)(*args, **options)
+    if x.dtype == dtypes.float32: return getattr(cpu, name)(*args, **options)
     # a processor has no quicker arithmetic for the others: they are rounded to the type and computed with in float32
     wide = [a.float() if isinstance(a, Tensor) else a for a in args]
-    return getattr(operations, name)(*wide, **options).cast(x.dtype)
+    return getattr(cpu, name)(*wide, **options).cast(x.dtype)
   return operation

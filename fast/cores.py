@@ -1,9 +1,10 @@
 """All CPU cores: tinygrad's CPU device runs the rounds of a kernel's outer loop one after another on one of them."""
 from __future__ import annotations
-import concurrent.futures, ctypes, functools, math, os, time
+import concurrent.futures, ctypes, functools, math, os, pathlib, time
 import numpy as np
 import tinygrad.schedule
-from fast.kernels import divisor, shared_round
+from fast.kernels import shared_round
+from fast.schedules import divisor
 from tinygrad import Device, dtypes, helpers
 from tinygrad.device import TinyELF
 from tinygrad.engine.jit import GraphRunner
@@ -28,11 +29,18 @@ void run(word *command, word n, word me, word team, word *arrived, void (*give_w
   }
 }""" % (", ".join(["word"]*32), ", ".join(f"a[{k}]" for k in range(32)))  # noqa: UP031
 
+def quota(path:str="/sys/fs/cgroup/cpu.max") -> int:
+  """How many cores' time a container may use; 16 without a limit."""
+  try:
+    most, period = pathlib.Path(path).read_text().split()
+    return 16 if most == "max" else math.ceil(int(most) / int(period))
+  except (OSError, ValueError): return 16
+
 @functools.cache
 def cores() -> int:
   """How many cores share a kernel: those that the process may use, $NUM_CPU_THREADS if given, at most 16."""
   allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 16
-  return max(1, min(16, helpers.NUM_CPU_THREADS.value, allowed))
+  return max(1, min(16, helpers.NUM_CPU_THREADS.value, allowed, quota()))
 
 @functools.cache
 def team() -> tuple:

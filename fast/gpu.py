@@ -3,33 +3,12 @@ there are some, in few kernels and few passes over memory. Padding, SiLU and add
 them with what makes or reads them; sums are in float32, whatever the type of x."""
 from __future__ import annotations
 import functools
-from fast.schedules import divisor, group_opts, scheduled
+from fast.kernels import column_kernel, conv_kernel, norm_gradient_kernel, product_kernel, silu_slope
+from fast.kernels import statistic_kernel, weight_kernel
+from fast.schedules import divisor
 from tinygrad import Tensor, dtypes, function
 from tinygrad.dtype import DType
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
-
-def loops(sizes:tuple[int, ...], first:int=0, kind:AxisType=AxisType.WEAK) -> tuple[list[UOp], list[UOp]]:
-  """An index for each size, and the ranges of those that are no constant 0."""
-  ranges = [UOp.range(n, first+a, kind) if n > 1 else None for a, n in enumerate(sizes)]
-  return [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges], [r for r in ranges if r is not None]
-
-Sizes = tuple[int, ...]
-
-def kernel(name:str, y:UOp, sizes:Sizes, reduced:Sizes, term, after=lambda at, total: total,
-           opts:tuple|None=None) -> UOp:
-  """y[at] = after(at, Σ term(at, inner)) for all `at` below `sizes`, inner below `reduced`."""
-  at, outer = loops(sizes)
-  inner, summed = loops(reduced, len(sizes), AxisType.REDUCE)
-  value = term(at, inner).cast(dtypes.float32)
-  total = after(at, value.reduce(*summed, arg=Ops.ADD) if summed else value)
-  return y[tuple(at)].store(total.cast(y.dtype)).end(*outer).sink(arg=KernelInfo(name, opts_to_apply=opts))
-
-def product_of(device:str, name:str, y:UOp, sizes:Sizes, reduced:Sizes, pair, after=lambda at, total: total) -> UOp:
-  """y[at] = after(at, Σ a · b), a, b = pair(at, inner): on tensor cores or, where they do not fit, in float32."""
-  def low(at, inner): return (p := pair(at, inner))[0] * p[1]
-  def full(at, inner): return (p := pair(at, inner))[0].cast(dtypes.float32) * p[1].cast(dtypes.float32)
-  made = scheduled(kernel(name, y, sizes, reduced, low, after), device)
-  return kernel(name, y, sizes, reduced, full, after) if made is None else made
+from tinygrad.uop.ops import Ops, UOp
 
 def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=None) -> Tensor:
   """The output of a kernel; it lies like the first input, on one device or along its first axis on several."""
@@ -40,28 +19,7 @@ def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=Non
 
 def first(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.device[0]
 
-# *** convolution: y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] ***
-
-def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device:str) -> UOp:
-  """flipped: with w[k−1−i, k−1−j, o, c], turned around and its input and output exchanged: the gradient of x."""
-  sizes, k = y.shape, w.shape[0]
-  reduced = (k, k, x.shape[3])
-  def pair(at, inner):
-    (b, h, v, o), (i, j, c) = at, inner
-    return x[b, h*stride+i, v*stride+j, c], w[k-1-i, k-1-j, o, c] if flipped else w[i, j, c, o]
-  def plus(at, total):
-    for a in adds: total = total + a[tuple(i if n > 1 else 0 for i, n in zip(at, a.shape))].cast(dtypes.float32)
-    return total
-  return product_of(device, f"conv{k}_{sizes[1]}x{sizes[2]}_{x.shape[3]}_{sizes[3]}", y, sizes, reduced, pair, plus)
-
-def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
-  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip."""
-  (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
-  reduced = (B//G, H-2*p, W-2*p)
-  def pair(at, inner):
-    (n, i, j, c, o), (b, h, v) = at, inner
-    return x[n*(B//G)+b, h*stride+i, v*stride+j, c], g[n*(B//G)+b, h+p, v+p, o]
-  return product_of(device, f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}", dw, dw.shape, reduced, pair)
+# *** convolution ***
 
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
   """unet.convolve."""
@@ -105,41 +63,13 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
   """unet.linear, as a convolution of one pixel."""
   return convolve(x.reshape(x.shape[0], 1, 1, -1), w[None, None], b.reshape(1, 1, 1, -1)).reshape(x.shape[0], -1)
 
-# *** sums over the pixels ***
-
-def column_kernel(y:UOp, x:UOp) -> UOp:
-  """y[b,c] = Σ_r x[b,r,c]"""
-  def term(at, inner): return x[at[0], inner[0], at[1]]
-  return kernel(f"sum_{x.shape[1]}_{x.shape[2]}", y, y.shape, (x.shape[1],), term)
-
 def columns(x:Tensor) -> Tensor:
   """(B,H,W,C) -> (B,C): sums over the pixels."""
   B, H, W, C = x.shape
-  return launch(column_kernel, (B, C), dtypes.float32, x.reshape(B, H*W, C))
+  part = functools.partial(column_kernel, op=Ops.ADD, device=first(x))
+  return launch(part, (B, C), dtypes.float32, x.reshape(B, H*W, C))
 
-# *** GroupNorm, then SiLU: z = (x − μ)/σ · weight + bias ***
-
-def statistic_kernel(y:UOp, x:UOp, *mean:UOp, device:str) -> UOp:
-  """μ[b,g] of the group's channels and pixels; with it given, 1/σ[b,g]."""
-  (_, R, C), n = x.shape, x.shape[2]//y.shape[1]
-  def term(at, inner):
-    v = x[at[0], inner[0], at[1]*n + inner[1]].cast(dtypes.float32)
-    return v if not mean else (v - mean[0][at[0], at[1]]) * (v - mean[0][at[0], at[1]])
-  def after(at, total): return total / (R*n) if not mean else (total / (R*n) + 1e-6).rsqrt()
-  return kernel(f"{'deviation' if mean else 'mean'}_{R}_{C}", y, y.shape, (R, n), term, after, group_opts(device, R))
-
-def gradient_sums(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, weight:UOp, bias:UOp, silu:bool, device:str) -> UOp:
-  """y[0,b,c] = Σ_r g f'(z), y[1,b,c] = Σ_r g f'(z) d over the pixels, d = (x − μ)/σ, z = d · weight + bias, f SiLU."""
-  (_, R, C), n = x.shape, x.shape[2]//mean.shape[1]
-  def term(at, inner):
-    (q, b, c), (r,) = at, inner
-    d = (x[b, r, c].cast(dtypes.float32) - mean[b, c//n]) * rstd[b, c//n]
-    v = g[b, r, c].cast(dtypes.float32)
-    if silu: v = v * silu_slope(d * weight[c] + bias[c])
-    return v * q.eq(0).where(UOp.const(1.0, dtypes.float32), d)
-  return kernel(f"norm_gradient_{R}_{C}", y, y.shape, (R,), term, opts=group_opts(device, R))
-
-def silu_slope(z): return (s := z.sigmoid()) * (1 + z * (1 - s))
+# *** GroupNorm ***
 
 def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True) -> Tensor:
   """unet.group_norm."""
@@ -162,7 +92,7 @@ def norm_function(groups:int, silu:bool):
     x, weight, bias = [Tensor(u) for u in call.src[1:4]]
     g, mean, rstd = Tensor(g).cast(x.dtype), Tensor(call.gettuple(1)), Tensor(call.gettuple(2))
     B, H, W, C = x.shape
-    sums = launch(functools.partial(gradient_sums, silu=silu, device=first(x)), (2, B, C), dtypes.float32,
+    sums = launch(functools.partial(norm_gradient_kernel, silu=silu, device=first(x)), (2, B, C), dtypes.float32,
                   g.reshape(B, H*W, C), x.reshape(B, H*W, C), mean, rstd, weight, bias)
     means = ((sums * weight).reshape(2, B, groups, -1).sum(3) / (H*W*C//groups)).contiguous()
     d, v = (x.float() - spread(mean, C)) * spread(rstd, C), g.float()
@@ -171,21 +101,13 @@ def norm_function(groups:int, silu:bool):
     return dx.cast(x.dtype).uop, sums[1].sum(0).uop, sums[0].sum(0).uop, *(None for _ in call.src[4:])
   return function(forward, allow_implicit=True, grad_fxn=backward)
 
-# *** attention: softmax(q kᵀ / √C) v ***
+# *** attention ***
 
-def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
-  """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]."""
-  reduced = (a.shape[1 if rows else 2],)
-  def pair(at, inner):
-    (n, i, j), (r,) = at, inner
-    return a[n, r, i] if rows else a[n, i, r], b[n, j, r] if cols else b[n, r, j]
-  return product_of(device, f"product_{y.shape[1]}_{y.shape[2]}_{reduced[0]}", y, y.shape, reduced, pair,
-                    lambda at, total: total * scale)
-
-def product(a:Tensor, b:Tensor, dtype:DType, rows:bool=False, cols:bool=False, scale:float=1.) -> Tensor:
+def product(a:Tensor, b:Tensor, dtype:DType, rows:bool=False, cols:bool=False, scale:float=1., grad_fxn=None) -> Tensor:
+  """scale · a b, (B,I,R) and (B,R,J); rows: a lies as (B,R,I); cols: b lies as (B,J,R)."""
   shape = (a.shape[0], a.shape[2 if rows else 1], b.shape[1 if cols else 2])
   part = functools.partial(product_kernel, rows=rows, cols=cols, scale=scale, device=first(a))
-  return launch(part, shape, dtype, a, b)
+  return launch(part, shape, dtype, a, b, grad_fxn=grad_fxn)
 
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
   """unet.attention."""

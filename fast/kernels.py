@@ -1,10 +1,12 @@
-"""The plain loops of each operation, and how many of their numbers a kernel keeps in registers."""
+"""The plain loops of each operation. How a device runs them, in tiles of a CPU's registers or of tensor cores, stands
+beside them in schedules.py, as numbers."""
 from __future__ import annotations
-import functools
+from collections.abc import Callable
+from fast.schedules import Tiles, column_tiles, conv_tiles, group_opts, on_tensor_cores, product_tiles, weight_tiles
 from tinygrad import dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n % d == 0)
+Sizes = tuple[int, ...]
 
 def shared_round(n:int) -> UOp:
   """The number, below n, of a round that any core may take: tinygrad's core_id.
@@ -12,72 +14,111 @@ def shared_round(n:int) -> UOp:
   "&" because clang makes no vectors where the number could be negative."""
   return (UOp.variable("core_id", 0, n-1, dtypes.int, param=True) & 2**16-1).cast(dtypes.weakint)
 
-def tile(size:int, amount:int, axis:int, shared:bool=False) -> tuple[UOp, list[UOp]]:
+def loop(size:int, axis:int, amount:int, shared:bool) -> tuple[UOp, list[UOp]]:
   """A loop over `size` whose innermost `amount` are unrolled into registers: (index, its ranges).
 
   If shared, the cores share its rounds."""
   inner = [UOp.range(amount, 100+axis, AxisType.UPCAST)] if amount > 1 else []
   start = inner[0] if inner else UOp.const(0, dtypes.weakint)
   if shared and amount < size <= 2**16: return shared_round(size//amount)*amount + start, inner
-  outer = [UOp.range(size//amount, axis)] if amount < size or not inner else []
+  outer = [UOp.range(size//amount, axis)] if amount < size else []
   return sum((r*amount if inner else r for r in outer), start=start), outer+inner
 
-def summed(sizes:tuple[int, ...], axis:int, value, op:Ops=Ops.ADD) -> UOp:
-  """The sum (or maximum) of value(i, j, ...) over i < sizes[0], j < sizes[1], ..."""
-  ranges = [UOp.range(n, axis+a, AxisType.REDUCE) if n > 1 else None for a, n in enumerate(sizes)]
-  v = value(*(UOp.const(0, dtypes.weakint) if r is None else r for r in ranges))
-  return v.reduce(*loops, arg=op) if (loops := [r for r in ranges if r is not None]) else v
+def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda at, total: total,
+           tiles:Tiles|None=None, opts:tuple|None=None, op:Ops=Ops.ADD) -> UOp:
+  """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
-def register_tile(macs:int, lanes:int) -> tuple[int, int]:
-  """How many channels and how many pixels a kernel keeps in registers.
+  tiles: of each loop the amount that is unrolled into registers, and which loop the cores share; or opts: tinygrad's."""
+  amounts, shared = tiles or ((1,)*len(y.shape), -1)
+  at, outer = zip(*(loop(n, a, amount, a == shared) for a, (n, amount) in enumerate(zip(y.shape, amounts))))
+  ranges = [UOp.range(n, len(at)+a, AxisType.REDUCE) if n > 1 else None for a, n in enumerate(reduced)]
+  value = term(at, [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges]).cast(dtypes.float32)
+  summed = [r for r in ranges if r is not None]
+  total = after(at, value.reduce(*summed, arg=op) if summed else value)
+  return y[at].store(total.cast(y.dtype)).end(*(r for rs in outer for r in rs)).sink(
+    arg=KernelInfo(name, opts_to_apply=() if tiles else opts))
 
-  Eight vectors run at near the processor's peak, but take 0.4 s to compile: only much work is worth it. Processors with
-  vectors of 256 bits have 16 registers: 2 vectors times 4 pixels need the fewest loads."""
-  across, pixels = (1, 8) if lanes > 8 else (2, 4)
-  return max(1, across*lanes) if macs > 2**16 else 1, pixels if lanes and macs > 2**24 else 1
+def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None) -> UOp:
+  """y[at] = after(at, Σ a · b), a, b = pair(at, inner): in tiles, on tensor cores or, where neither fits, plainly."""
+  def low(at, inner): return (p := pair(at, inner))[0] * p[1]
+  def full(at, inner): return (p := pair(at, inner))[0].cast(dtypes.float32) * p[1].cast(dtypes.float32)
+  made = None if tiles else on_tensor_cores(kernel(name, y, reduced, low, after), device)
+  return kernel(name, y, reduced, full, after, tiles) if made is None else made
 
-def sink(out:UOp, value:UOp, ranges:list[list[UOp]], name:str, lanes:int) -> UOp:
-  return out.store(value).end(*(r for rs in ranges for r in rs)).sink(
-    arg=KernelInfo(name, opts_to_apply=() if lanes else None))
+# *** products ***
 
-def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, lanes:int) -> UOp:
-  """y[b,h,v,o] = Σ add[b,h,v,o] + Σ_ijc x[b, s·h+i, s·v+j, c] w[b,i,j,c,o]: channels last, x padded already."""
-  (B, H, W, O), (n, k, _, C, _) = y.shape, w.shape
-  channels, pixels = register_tile(B*H*W*O*k*k*C, lanes)
-  th = divisor(H, pixels//(tw := divisor(W, pixels)))
-  tb = divisor(B, pixels//(tw*th))
-  shared = -1 if not lanes or B*H*W*O*k*k*C < 2**18 else 0 if B//tb >= 8 else 1  # which axis the cores share
-  (b, rb), (h, rh), (v, rv), (o, ro) = [tile(n, t, i, i == shared) for i, (n, t) in
-    enumerate(((B, tb), (H, th), (W, tw), (O, divisor(O, channels))))]
-  acc = summed((k, k, C), 4, lambda i, j, c: x[b, h*stride+i, v*stride+j, c] * w[b if n > 1 else 0, i, j, c, o])
-  for a in adds: acc = acc + a[tuple(idx if n > 1 else 0 for idx, n in zip((b, h, v, o), a.shape))]
-  return sink(y[b, h, v, o], acc, [rb, rh, rv, ro], f"conv{k}_{H}x{W}_{C}_{O}", lanes)
+def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device:str) -> UOp:
+  """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds[b,h,v,o], x with its border.
 
-def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, lanes:int) -> UOp:
-  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o] over the images b of group n.
+  flipped: with w[k−1−i, k−1−j, o, c], turned around and its input and output exchanged: the gradient of x."""
+  (_, H, W, O), k, C = y.shape, w.shape[0], x.shape[3]
+  def pair(at, inner):
+    (b, h, v, o), (i, j, c) = at, inner
+    return x[b, h*stride+i, v*stride+j, c], w[k-1-i, k-1-j, o, c] if flipped else w[i, j, c, o]
+  def plus(at, total):
+    for a in adds: total = total + a[tuple(i if n > 1 else 0 for i, n in zip(at, a.shape))].cast(dtypes.float32)
+    return total
+  return product_of(f"conv{k}_{H}x{W}_{C}_{O}", device, y, (k, k, C), pair, plus, conv_tiles(device, y.shape, k*k*C))
 
-  g has a border of p to skip."""
+def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
+  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip."""
   (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
-  channels, rows = register_tile(B*(H-2*p)*(W-2*p)*O*k*k*C, lanes)
-  to = divisor(O, channels)
-  shared = lanes and B*H*W*O*k*k*C > 2**18
-  (n, rn), (i, ri), (j, rj), (c, rc), (o, ro) = [tile(s, t, a, shared and a == 0) for a, (s, t) in
-    enumerate(((G, 1), (k, 1), (k, 1), (C, divisor(C, rows if to > 4 else 4*rows)), (O, to)))]
-  acc = summed((B//G, H-2*p, W-2*p), 5,
-    lambda b, h, v: x[n*(B//G)+b, h*stride+i, v*stride+j, c] * g[n*(B//G)+b, h+p, v+p, o])
-  return sink(dw[n, i, j, c, o], acc, [rn, ri, rj, rc, ro], f"weight{k}_{H}x{W}_{C}_{O}", lanes)
+  reduced = (B//G, H-2*p, W-2*p)
+  def pair(at, inner):
+    (n, i, j, c, o), (b, h, v) = at, inner
+    return x[n*(B//G)+b, h*stride+i, v*stride+j, c], g[n*(B//G)+b, h+p, v+p, o]
+  return product_of(f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}", device, dw, reduced, pair, lambda at, total: total,
+                    weight_tiles(device, dw.shape, B*H*W*k*k*C*O))
 
-def column_kernel(y:UOp, *xs:UOp, op:Ops, lanes:int) -> UOp:
+def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
+  """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]."""
+  (_, I, J), R = y.shape, a.shape[1 if rows else 2]
+  def pair(at, inner):
+    (n, i, j), (r,) = at, inner
+    return a[n, r, i] if rows else a[n, i, r], b[n, j, r] if cols else b[n, r, j]
+  return product_of(f"product_{I}_{J}_{R}", device, y, (R,), pair, lambda at, total: total * scale,
+                    product_tiles(device, y.shape, R))
+
+# *** sums over the pixels, r ***
+
+def column_kernel(y:UOp, *xs:UOp, op:Ops, device:str) -> UOp:
   """y[a,c] = Σ_r Π x[a,r,c], or the maximum over r."""
   A, R, C = xs[0].shape
-  (a, ra), (c, rc) = tile(A, 1, 0, lanes and A*R*C > 2**18), tile(C, divisor(C, lanes or 1), 1)
-  acc = summed((R,), 2, lambda r: functools.reduce(UOp.mul, (x[a, r, c] for x in xs)), op)
-  return sink(y[a, c], acc, [ra, rc], f"column_{A}_{R}_{C}", lanes)
+  def term(at, inner):
+    v = xs[0][at[0], inner[0], at[1]]
+    for x in xs[1:]: v = v * x[at[0], inner[0], at[1]]
+    return v
+  return kernel(f"column_{A}_{R}_{C}", y, (R,), term, tiles=column_tiles(device, (A, C), R), op=op)
 
-def pad_kernel(y:UOp, x:UOp, lo:int) -> UOp:
+def statistic_kernel(y:UOp, x:UOp, *mean:UOp, device:str) -> UOp:
+  """μ[b,g] of the group's channels and pixels; with it given, 1/σ[b,g]."""
+  (_, R, C), n = x.shape, x.shape[2]//y.shape[1]
+  def term(at, inner):
+    v = x[at[0], inner[0], at[1]*n + inner[1]].cast(dtypes.float32)
+    return v if not mean else (v - mean[0][at[0], at[1]]) * (v - mean[0][at[0], at[1]])
+  def after(at, total): return total / (R*n) if not mean else (total / (R*n) + 1e-6).rsqrt()
+  return kernel(f"{'deviation' if mean else 'mean'}_{R}_{C}", y, (R, n), term, after, opts=group_opts(device, R))
+
+def silu_slope(z): return (s := z.sigmoid()) * (1 + z * (1 - s))
+
+def norm_gradient_kernel(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, weight:UOp, bias:UOp, silu:bool, device:str) -> UOp:
+  """y[0,b,c] = Σ_r g f'(z), y[1,b,c] = Σ_r g f'(z) d: d = (x − μ)/σ, z = d · weight + bias, f SiLU or nothing."""
+  (_, R, C), n = x.shape, x.shape[2]//mean.shape[1]
+  def term(at, inner):
+    (q, b, c), (r,) = at, inner
+    d = (x[b, r, c].cast(dtypes.float32) - mean[b, c//n]) * rstd[b, c//n]
+    v = g[b, r, c].cast(dtypes.float32)
+    if silu: v = v * silu_slope(d * weight[c] + bias[c])
+    return v * q.eq(0).where(UOp.const(1.0, dtypes.float32), d)
+  return kernel(f"norm_gradient_{R}_{C}", y, (R,), term, opts=group_opts(device, R))
+
+# *** movement ***
+
+def pad_kernel(y:UOp, x:UOp, lo:int, device:str) -> UOp:
   """y = x with a border of zeros."""
-  (B, H, W, C), (_, h, w, _) = y.shape, x.shape
-  (b, rb), (i, ri), (j, rj), (c, rc) = [tile(n, t, a, a == 0 and B*H*W*C > 2**16) for a, (n, t) in
-    enumerate(((B, 1), (H, 1), (W, 1), (C, divisor(C, 16))))]
-  ok = (i >= lo) & (i < h+lo) & (j >= lo) & (j < w+lo)
-  return sink(y[b, i, j, c], x[b, (i-lo).valid(ok), (j-lo).valid(ok), c], [rb, ri, rj, rc], f"pad_{H}x{W}_{C}", True)
+  (_, H, W, C), (_, h, w, _) = y.shape, x.shape
+  def term(at, inner):
+    b, i, j, c = at
+    ok = (i >= lo) & (i < h+lo) & (j >= lo) & (j < w+lo)
+    return x[b, (i-lo).valid(ok), (j-lo).valid(ok), c]
+  return kernel(f"pad_{H}x{W}_{C}", y, (), term, tiles=conv_tiles(device, y.shape, 0))

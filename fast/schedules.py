@@ -1,7 +1,9 @@
-"""How a device runs a kernel's loops, beside the kernels, which are loops alone: on tensor cores (NVIDIA, Apple, AMD)
-where it has some for the type and the loops fit them, else as tinygrad chooses. The CPU's tile is in kernels.py."""
+"""How a device runs the loops of kernels.py. The CPU: in tiles of its registers, the rounds of an outer loop shared by
+its cores. GPUs: on tensor cores (NVIDIA, Apple, AMD) where there are some for the type and the loops fit them, else as
+tinygrad chooses."""
 from __future__ import annotations
 import dataclasses, functools
+from fast.compiler import vector_lanes
 from tinygrad import Device, codegen
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
@@ -10,6 +12,50 @@ from tinygrad.helpers import ALLOW_TF32, Context
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import Ops, UOp, graph_rewrite
 
+def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n % d == 0)
+
+# *** the CPU ***
+
+Tiles = tuple[tuple[int, ...], int]  # of each loop how many numbers a kernel keeps in registers; the loop cores share
+
+def register_tile(macs:int, lanes:int) -> tuple[int, int]:
+  """How many channels and how many pixels a kernel keeps in registers.
+
+  Eight vectors run at near the processor's peak, but take 0.4 s to compile: only much work is worth it. Processors with
+  vectors of 256 bits have 16 registers: 2 vectors times 4 pixels need the fewest loads."""
+  across, pixels = (1, 8) if lanes > 8 else (2, 4)
+  return across*lanes if macs > 2**16 else 1, pixels if macs > 2**24 else 1
+
+def conv_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
+  """For y (B,H,W,O), each number a sum of `depth` products; depth 0: for numbers that are moved."""
+  if not (lanes := vector_lanes(device)): return None
+  B, H, W, O = sizes
+  if not depth: return (1, 1, 1, divisor(O, 16)), 0 if B*H*W*O > 2**16 else -1
+  channels, pixels = register_tile(B*H*W*O*depth, lanes)
+  th = divisor(H, pixels//(tw := divisor(W, pixels)))
+  tb = divisor(B, pixels//(tw*th))
+  return (tb, th, tw, divisor(O, channels)), -1 if B*H*W*O*depth < 2**18 else 0 if B//tb >= 8 else 1
+
+def product_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
+  """For y (N,I,J): a convolution of one row."""
+  if not (made := conv_tiles(device, (sizes[0], 1, *sizes[1:]), depth)): return None
+  (tn, _, ti, tj), shared = made
+  return (tn, ti, tj), min(shared, 1)
+
+def weight_tiles(device:str, sizes:tuple[int, ...], macs:int) -> Tiles|None:
+  """For dw (G,k,k,C,O), of so many products in all."""
+  if not (lanes := vector_lanes(device)): return None
+  channels, rows = register_tile(macs, lanes)
+  to = divisor(sizes[4], channels)
+  return (1, 1, 1, divisor(sizes[3], rows if to > 4 else 4*rows), to), 0 if macs > 2**18 else -1
+
+def column_tiles(device:str, sizes:tuple[int, int], rows:int) -> Tiles|None:
+  """For y (A,C), each number a sum over `rows`."""
+  if not (lanes := vector_lanes(device)): return None
+  return (1, divisor(sizes[1], lanes)), 0 if sizes[0]*sizes[1]*rows > 2**18 else -1
+
+# *** GPUs ***
+
 # what a thread keeps of a product, in tiles of its tensor core, and the warps of a block, each way
 TILES_N, TILES_M, WARPS = 8, 4, 2
 
@@ -17,7 +63,7 @@ TILES_N, TILES_M, WARPS = 8, 4, 2
 def renderer(device:str) -> Renderer:
   with Context(ALLOW_DEVICE_USAGE=1): return Device[device].renderer
 
-def scheduled(kernel:UOp, device:str) -> UOp|None:
+def on_tensor_cores(kernel:UOp, device:str) -> UOp|None:
   """The kernel, a sum of products, with its schedule for the device's tensor cores; None where they do not fit."""
   opts = schedule(kernel, renderer(device))
   return None if opts is None else kernel.replace(arg=dataclasses.replace(kernel.arg, opts_to_apply=opts))
@@ -32,8 +78,6 @@ def schedule(kernel:UOp, ren:Renderer) -> tuple[Opt, ...]|None:
   s = Scheduler(kernel, ren)
   s.convert_loop_to_global()
   return tensor_core_schedule(s)
-
-def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n % d == 0)
 
 def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
   """Which loop is the tensor core's N, M and K: of all choices that fit, the one that pads least, then that with the

@@ -294,7 +294,7 @@ def program(monkeypatch, tmp_path, capsys):
       state.asked.append(len(y))
       return 0.8 * x if not y else x * (y[0] + 1).reshape(-1, 1, 1, 1) / 5
   meta = lambda: {"ddpm": state.ddpm, "dataset": state.dataset, "step": 9}
-  monkeypatch.setattr(evaluate, "open_device", lambda: None)  # whose line would be in stderr
+  monkeypatch.setattr(evaluate, "open_device", lambda *_: None)  # whose line would be in stderr
   monkeypatch.setattr(checkpoint, "load", lambda path, raw=False: (Model(), meta()))
   monkeypatch.setattr(data, "load", lambda name, split, data_dir=None, size=None: (state.images, state.labels))
   monkeypatch.chdir(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import unet
 from common import ROOT, arr, close
-from fast import cores, operations, setup
+from fast import cores, cpu, setup
 from test_unet import conv_by_hand, softmax
 from tinygrad import Device, Tensor, TinyJit
 
@@ -22,7 +22,7 @@ def python(program, cwd=ROOT, **env):
 def test_importing_does_nothing_but_define_names():
   """In any order: no environment variable, no attribute of a tinygrad module, no thread, no device."""
   names = ["ddpm", "unet", "data", "train", "sample", "evaluate", "beyond", "bench", "files.checkpoint", "files.hub",
-           "files.device", "fast", "fast.operations", "fast.gpu", "fast.cores", "fast.quickstart", "fast.compiler"]
+           "files.device", "fast", "fast.cpu", "fast.gpu", "fast.cores", "fast.quickstart", "fast.compiler"]
   program = """if True:
     import os, sys, threading, importlib, pkgutil, tinygrad
     for m in pkgutil.walk_packages(tinygrad.__path__, "tinygrad."):
@@ -50,22 +50,22 @@ def test_importing_does_nothing_but_define_names():
 def test_without_the_folder_everything_still_works(tmp_path):
   left_out = shutil.ignore_patterns(".*", "fast", "runs", "assets", "checkpoints", "__pycache__")
   shutil.copytree(ROOT, tmp_path/"copy", ignore=left_out)
-  small = "--dataset glyphs --channels 8 --channel-mult 1 --attn 4 --norm-groups 4 --T 20".split()
+  small = "--dataset glyphs --channels 4 --channel-mult 1 --attn 4 --norm-groups 2 --T 20".split()
   def program(name, *flags):
     r = subprocess.run([sys.executable, name, *flags], cwd=tmp_path/"copy", capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     return r.stdout
-  program("train.py", *small, "--steps", "2", "--batch", "4", "--sample-every", "0")
-  program("sample.py", "--n", "1", "--steps", "2", "--npz", "a.npz")
+  program("train.py", *small, "--steps", "1", "--batch", "2", "--sample-every", "0")
+  program("sample.py", "--n", "1", "--steps", "1", "--npz", "a.npz")
   assert np.load(tmp_path/"copy"/"a.npz")["arr_0"].shape == (1, 16, 16, 1)
-  assert "bits/dim" in program("evaluate.py", "--n", "2", "--samples-t", "2", "--batch", "2")
+  assert "bits/dim" in program("evaluate.py", "--n", "1", "--samples-t", "1")
 
 # *** the operations' parts ***
 
 def test_softmax_and_its_gradient():
   s, r = arr(2, 1, 5, 28, scale=30), arr(2, 1, 5, 28, seed=1)
   p, t = softmax(s.astype(np.float64)), Tensor(s).realize()
-  out = operations.softmax(t)
+  out = cpu.softmax(t)
   close(out.numpy(), p, atol=1e-6)
   g, = (out * Tensor(r)).sum().gradient(t)
   close(g.numpy(), p * (r - (p * r).sum(-1, keepdims=True)), atol=1e-5)
@@ -107,6 +107,12 @@ def test_a_core_does_not_wait_for_one_that_was_interrupted():
   give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
   program.fxn(*map(ctypes.c_uint64, (command.ctypes.data, 1, 0, 2, arrived.ctypes.data, give_way)))
   assert arrived[0] == 1
+
+@pytest.mark.parametrize("text,n", [
+  ("max 100000", 16), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1)])
+def test_a_containers_share_of_the_processor(text, n, tmp_path):
+  (tmp_path/"cpu.max").write_text(text + "\n")
+  assert cores.quota(str(tmp_path/"cpu.max")) == n and cores.quota(str(tmp_path/"none")) == 16
 
 # *** the quick start ***
 

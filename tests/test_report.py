@@ -1,5 +1,5 @@
 """make gpu-report: every part is in the file, whatever happens to it; PyTorch's network is ours."""
-import fcntl, os, subprocess, sys, time
+import fcntl, json, os, subprocess, sys, time
 import numpy as np
 import pytest
 from common import ROOT, arr, close, random_model
@@ -78,6 +78,34 @@ def test_slowest_kernels():
   # (1 · 0.2 + 3 · 400)/4 TFLOP/s and (1 · 0.01 + 3 · 30)/4 TB/s
   assert said[4:] == ["| `conv3_8x8_64_64` | 2 | 4.000 | 80.0% | 300050 | 22502 |",
                       "| `copy    3.91 KB,    CUDA <- NPY` | 1 | 0.990 | 19.8% | 0 | 0 |"]
+
+@pytest.mark.parametrize("device,types", [("CUDA", 4), ("METAL", 3)])
+def test_what_a_card_is_asked(device, types, tmp_path, monkeypatch):
+  """Two networks in each type, without and with BEAM, the paper's in bfloat16 first; the same by PyTorch, compiled too."""
+  asked = []
+  def call(r, *command, share=1., **env):
+    asked.append(" ".join([*command[1:], *(f"{k}={v}" for k, v in env.items())]))
+    if "report.about" in command[-1]: return json.dumps({"device": device, "processor": False})
+    if "report.draw" in command[-1]: return json.dumps({"seconds": [20, 2.0, 11.98]})
+    if "find_spec('torch')" in command[-1]: return "True"
+    if "--json" not in command and "files.torch_peer" not in command: return None
+    flags = dict(zip(command, command[1:]))
+    said = {"preset": flags.get("--preset"), "batch": int(flags["--batch"]), "dtype": flags["--dtype"], "device": "card",
+            "unet": {}, "train_images_per_s": 256 if "bench.py" in command else 512}
+    return json.dumps(said | dict.fromkeys((
+      "kernels", "distinct_kernels", "sample_kernels", "first_step_s", "train_gflops", "sample_images_per_s", "sample_gflops",
+      "sample_first_step_s", "peak_memory_bytes", "parameters"), 256))
+  monkeypatch.setattr(report, "call", call)
+  monkeypatch.setenv("DEV", device)
+  report.main(["--out", str(tmp_path/"report.md")])
+  text, bench = (tmp_path/"report.md").read_text(), [c for c in asked if c.startswith("bench.py") and "--json" in c]
+  assert bench[0] == "bench.py --preset cifar10 --batch 128 --dtype bfloat16 --json BEAM=0"
+  assert len(bench) == 4*types and ("--tf32" in " ".join(bench)) == (types == 4)
+  assert sum("BEAM=2" in c for c in bench) == sum("--preset mnist --batch 32" in c for c in bench) == 2*types
+  assert sum("torch_peer" in c for c in asked) == 6 and "--steps 200 --dtype bfloat16" in " ".join(asked)
+  assert text.count("| 1000.0 |") == 4*types  # seconds for 256,000 images at 256 a second
+  assert "| 20.0 | 12.0 | 10.00 |" in text    # 998 steps take 9.98 s
+  assert "| cifar10 | 128 | bfloat16 | yes | card | 256.0 | 0 | 512.0 | 0.50 | 256.0 | 1.00 |" in text
 
 @pytest.mark.parametrize("flags,words", [(["--out", "/"], "cannot write /"), (["--minutes", "0"], "--minutes"),
                                          (["--big"], "--big")])

@@ -1,42 +1,35 @@
-"""The operations that unet.py marks `@quick`, with their gradients, by the kernels of kernels.py."""
+"""The operations that unet.py marks `@quick`, for the CPU: sums and products as kernels of their own, which vectorize
+and which all cores share, and what lies between them in passes over memory."""
 from __future__ import annotations
 import functools
-from fast.compiler import vector_lanes
-from fast.kernels import column_kernel, conv_kernel, divisor, pad_kernel, weight_kernel
-from tinygrad import Tensor, function
+from fast.gpu import first, launch, product
+from fast.kernels import column_kernel, conv_kernel, pad_kernel, weight_kernel
+from fast.schedules import divisor
+from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
-
-def first_device(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.device[0]
-
-def launch(kernel, shape:tuple[int, ...], *inputs:Tensor, grad_fxn=None) -> Tensor:
-  """The output, of `shape`, of a kernel.
-
-  It lies like the first input, on one device or along its first axis on several."""
-  device = inputs[0].device
-  out = Tensor.empty(*shape, device=device) if isinstance(device, str) else \
-    Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], device=device).uop.unshard(axis=0))
-  return out.custom_kernel(*(x.contiguous() for x in inputs), fxn=kernel, grad_fxn=grad_fxn)[0]
 
 def pad(x:Tensor, lo:int, hi:int) -> Tensor:
   """x (B,H,W,C) with a border of zeros.
 
   On its own: fused with what makes x, the test for the border is made for each number."""
   if lo == hi == 0: return x.contiguous()
-  if not vector_lanes(first_device(x)): return x.pad((None, (lo, hi), (lo, hi), None)).contiguous()
   B, H, W, C = x.shape
-  return launch(functools.partial(pad_kernel, lo=lo), (B, H+lo+hi, W+lo+hi, C), x,
+  part = functools.partial(pad_kernel, lo=lo, device=first(x))
+  return launch(part, (B, H+lo+hi, W+lo+hi, C), x.dtype, x.contiguous(),
                 grad_fxn=lambda g, call: (None, g.shrink((None, (lo, lo+H), (lo, lo+W), None))))
 
 def column_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(A,R,C) each -> (A,C): the sum (or maximum) over r of their product."""
-  return launch(functools.partial(column_kernel, op=op, lanes=vector_lanes(first_device(xs[0]))),
-                (xs[0].shape[0], xs[0].shape[2]), *xs)
+  return launch(functools.partial(column_kernel, op=op, device=first(xs[0])), (xs[0].shape[0], xs[0].shape[2]),
+                dtypes.float32, *(x.contiguous() for x in xs))
 
 def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(...,N) each -> (...,1): as columns first, which vectorise."""
   shape, l = xs[0].shape, divisor(xs[0].shape[-1], 16)
   part = column_sum(*(x.reshape(-1, shape[-1]//l, l) for x in xs), op=op).reshape(*shape[:-1], l)
   return part.max(-1, keepdim=True) if op is Ops.MAX else part.sum(-1, keepdim=True)
+
+# *** convolution ***
 
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
   """unet.convolve."""
@@ -46,47 +39,66 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
 def windows(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0) -> Tensor:
   """x (B,H,W,C), padded by lo and hi, convolved with w (k,k,C,O), plus each of `adds`: (B,H',W',O).
 
-  The axes of size 1 of `adds` broadcast. With w (B,k,k,C,O) every image has a kernel of its own. The gradients are
-  convolutions as well: autodiff's take 4 times as long."""
-  B, k, own = x.shape[0], w.shape[-3], w.ndim == 5
+  The axes of size 1 of `adds` broadcast. The gradients are convolutions as well: autodiff's take 4 times as long."""
+  B, k = x.shape[0], w.shape[0]
   H, W = [(n+lo+hi-k)//stride+1 for n in x.shape[1:3]]
-  lanes = vector_lanes(first_device(x))
 
   def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
     _, xp, w, *adds = [Tensor(u) for u in call.src[1:]]
     gp, p = pad(g := Tensor(g).contiguous(), k-1-lo, k-1-hi), k-1-lo
     assert p == k-1-hi or stride == 2
     # dx at stride 1: g convolved with the flipped, transposed kernel
-    if stride == 1: dx = windows(gp, w.flip((1, 2)).transpose(3, 4) if own else w.flip((1, 2)).transpose(3, 4)[0])
+    if stride == 1: dx = windows(gp, w.flip((0, 1)).transpose(2, 3))
     else:  # dx[2u+p] = Σₐ g[u−a] w[2a+p]: a convolution with 2x2 taps whose output channels are the 2x2 phases p
-      w2 = w[0].pad(((0, 4-k), (0, 4-k), None, None)).reshape(2, 2, 2, 2, *w.shape[3:]).flip((0, 2))
-      dx = windows(pad(g, 1, 0), w2.permute(0, 2, 5, 1, 3, 4).reshape(2, 2, w.shape[4], -1))
+      w2 = w.pad(((0, 4-k), (0, 4-k), None, None)).reshape(2, 2, 2, 2, *w.shape[2:]).flip((0, 2))
+      dx = windows(pad(g, 1, 0), w2.permute(0, 2, 5, 1, 3, 4).reshape(2, 2, w.shape[3], -1))
       dx = dx.reshape(B, H, W, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, 2*H, 2*W, -1)
       gp, p = g, 0
     # dw: a sum for each of 16 groups of images, then over the groups: many short sums instead of one long one, and
     # each group stays in the cache
-    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, lanes=lanes),
-                (B if own else divisor(B, 16), *w.shape[1:]), xp, gp)
-    if not own:
-      dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else \
-        dw.sum(0, keepdim=True)
+    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (divisor(B, 16), *w.shape),
+                dtypes.float32, xp, gp)
+    dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0)
     def da(a:Tensor) -> UOp:
       if a.shape == g.shape: return g.uop
       per_image = column_sum(g.reshape(B, H*W, -1))
       return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
     return None, dx.pad((None, (lo, hi), (lo, hi), None)).uop, dw.uop, *map(da, adds)
 
-  return launch(functools.partial(conv_kernel, stride=stride, lanes=lanes), (B, H, W, w.shape[-1]),
-                pad(x, lo, hi), w if own else w.unsqueeze(0), *adds, grad_fxn=grad)
+  part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
+  return launch(part, (B, H, W, w.shape[-1]), x.dtype, pad(x, lo, hi), w.contiguous(), *(a.contiguous() for a in adds),
+                grad_fxn=grad)
 
 def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
   """unet.linear, as a convolution of one pixel."""
   return windows(x.reshape(x.shape[0], 1, 1, -1), w[None, None], b.reshape(1, 1, 1, -1)).reshape(x.shape[0], -1)
 
+# *** attention ***
+
+def matmul(a:Tensor, b:Tensor) -> Tensor:
+  """a (B,N,R), b (B,R,M) -> a b (B,N,M)."""
+  def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    (a, b), g = [Tensor(u) for u in call.src[2:4]], Tensor(g).contiguous()
+    da, db = product(g, b.transpose(1, 2).contiguous(), g.dtype), product(a.transpose(1, 2).contiguous(), g, g.dtype)
+    return None, da.uop, db.uop
+  return product(a.contiguous(), b.contiguous(), a.dtype, grad_fxn=grad)
+
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
-  """unet.attention: a product of matrices is a 1x1 convolution in which each image has a kernel of its own."""
-  q, k, v = q.unsqueeze(1), k[:, None, None], v[:, None, None]
-  return windows(softmax(windows(q * q.shape[3]**-0.5, k.transpose(3, 4))), v).squeeze(1)
+  """unet.attention."""
+  return matmul(softmax(matmul(q * q.shape[2]**-0.5, k.transpose(1, 2))), v)
+
+def softmax_backward(g:UOp, call:UOp):
+  p, g = Tensor(call.gettuple(0)), Tensor(g).contiguous()
+  return (p * (g - row_sum(g, p).contiguous())).uop, *(None for _ in call.src[2:])
+
+@functools.partial(function, precompile=True, allow_implicit=True, grad_fxn=softmax_backward)
+def softmax(s:Tensor) -> Tensor:
+  """exp(s) / Σ exp(s) along the last axis."""
+  s = s.contiguous()
+  e = (s - row_sum(s, op=Ops.MAX).contiguous()).exp().contiguous()
+  return (e / row_sum(e).contiguous()).contiguous()
+
+# *** GroupNorm ***
 
 def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True) -> Tensor:
   """unet.group_norm."""
@@ -120,14 +132,3 @@ def norm_function(groups:int, silu:bool):
     z = d * (rstd * weight.reshape(1, 1, 1, -1)).contiguous() + bias
     return (z.silu() if silu else z).contiguous(), d, rstd
   return function(forward, precompile=True, allow_implicit=True, grad_fxn=backward)
-
-def softmax_backward(g:UOp, call:UOp):
-  p, g = Tensor(call.gettuple(0)), Tensor(g).contiguous()
-  return (p * (g - row_sum(g, p).contiguous())).uop, *(None for _ in call.src[2:])
-
-@functools.partial(function, precompile=True, allow_implicit=True, grad_fxn=softmax_backward)
-def softmax(s:Tensor) -> Tensor:
-  """exp(s) / Σ exp(s) along the last axis."""
-  s = s.contiguous()
-  e = (s - row_sum(s, op=Ops.MAX).contiguous()).exp().contiguous()
-  return (e / row_sum(e).contiguous()).contiguous()
