@@ -2,7 +2,7 @@
 its cores. GPUs: on tensor cores (NVIDIA, Apple, AMD) where there are some for the type and the loops fit them, else as
 tinygrad chooses."""
 from __future__ import annotations
-import dataclasses, functools
+import dataclasses, functools, math
 from fast.compiler import vector_lanes
 from tinygrad import Device, codegen
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
@@ -56,8 +56,9 @@ def column_tiles(device:str, sizes:tuple[int, int], rows:int) -> Tiles|None:
 
 # *** GPUs ***
 
-# what a thread keeps of a product, in tiles of its tensor core, and the warps of a block, each way
-TILES_N, TILES_M, WARPS = 8, 4, 2
+# what a warp keeps of a product at most, in tiles of its tensor core; the warps of a block, each way; and how many warps
+# there should be in all before each keeps more: a card's hundred multiprocessors want some eight each
+TILES_N, TILES_M, WARPS, ENOUGH = 8, 4, 2, 1024
 
 @functools.cache
 def renderer(device:str) -> Renderer:
@@ -81,7 +82,7 @@ def schedule(kernel:UOp, ren:Renderer) -> tuple[Opt, ...]|None:
 
 def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
   """Which loop is the tensor core's N, M and K: of all choices that fit, the one that pads least, then that with the
-  largest tile and the longest K. A thread then keeps TILES_N x TILES_M tiles: each number it loads serves several."""
+  largest tile and the longest K. A warp then keeps several tiles, so that each number it loads serves several."""
   reduce = s.reduceops[0]
   product = reduce.src[0].src[0] if reduce.src[0].op is Ops.CAST else reduce.src[0]
   x, w = product.src
@@ -103,6 +104,7 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
     if all(size > dim//4 for size, dim in zip(sizes, dims)) and (best is None or rank < best[0]): best = rank, i, ranges
   if best is None: return None
   _, choice, (n, m, _) = best
+  outputs = math.prod(r.vmax+1 for r in s.rngs if r not in reduce.src[1:])
   try:
     s.apply_opt(Opt(OptOps.TC, choice, (number, 2, 1)))
     left = lambda r: next(((i, u.vmax+1) for i, u in enumerate(s.rngs) if u.arg[:-1] == r.arg[:-1]), (0, 1))
@@ -110,10 +112,12 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
       axis, size = left(r)
       if (amount := divisor(size, most)) > 1: s.apply_opt(Opt(op, axis, amount))
       return amount
-    across = split(n, OptOps.UPCAST, TILES_N)
-    rows = split(m, OptOps.UPCAST, TILES_N*TILES_M//max(across, TILES_M))
+    keep = max(1, outputs // (dims[0]*dims[1]*ENOUGH))
+    across = split(n, OptOps.UPCAST, min(TILES_N, 1 << math.isqrt(2*keep).bit_length()-1))
+    down_by = max(1, min(TILES_M, keep//across))
+    rows = split(m, OptOps.UPCAST, down_by)
     for r in x_own:
-      if rows < TILES_M and r is not m: rows *= split(r, OptOps.UPCAST, TILES_M//rows)
+      if rows < down_by and r is not m: rows *= split(r, OptOps.UPCAST, down_by//rows)
     for r in (n, m): split(r, OptOps.LOCAL, WARPS)
   except KernelOptError: return None
   return tuple(s.applied_opts)
