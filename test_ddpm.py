@@ -3,6 +3,7 @@ the code's own output. In the paper's order: schedules, q and its posterior, p_Î
 
   make test                   these and those of tests/, which are no mathematics
   make test ARGS="-k eq7"     those with eq7 in their name
+  make test ARGS="-m quick"   these and one of each program
 """
 import math, types
 import numpy as np
@@ -14,6 +15,7 @@ from files.streams import stream
 from sample import SAMPLERS, ddim_encode, ddim_step, draw_x_T, guided, normals, timesteps
 from tinygrad import Device, Tensor, TinyJit
 
+pytestmark = pytest.mark.quick
 SCHEDULES = ("linear", "cosine", "quad", "const")
 def col(*v): return f32(np.array(v, np.float64).reshape(-1, 1, 1, 1))
 def at_times(*t): return Tensor(np.array(t, np.int32))

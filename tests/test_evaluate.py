@@ -304,6 +304,7 @@ def program(monkeypatch, tmp_path, capsys):
   run.state = state
   return run
 
+@pytest.mark.quick
 def test_program(program, tmp_path):
   flags = "--every", 1, "--n", 12, "--batch", 5, "--seed", 3, "--rate-distortion", "rd/x.csv", "--outliers", 4
   r, out, err = program(*flags)

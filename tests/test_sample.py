@@ -49,6 +49,7 @@ def plain(command, n, y, w=1):
 
 # *** samples ***
 
+@pytest.mark.quick
 def test_the_files(command):
   command("--n 5 --npz a.npz --gif a.gif --out pictures/a.png")
   a = read("a.npz")

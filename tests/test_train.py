@@ -71,6 +71,7 @@ def step_once(accum=1, gpus=1, steps=2, **flags):
       seen.append((state.fetch(loss), float(state.fetch(norm)), before, after, h, GlobalCounters.mem_used))
   return seen
 
+@pytest.mark.quick
 def test_adam_clipping_and_average_against_float64():
   for _, norm, before, after, h, _ in step_once(clip=0.5):
     g = after["grad"].astype(np.float64)
