@@ -2,7 +2,7 @@
 and which all cores share, and what lies between them in passes over memory."""
 from __future__ import annotations
 import functools
-from fast.gpu import first, launch, product
+from fast.gpu import first, groups_of, launch, product
 from fast.kernels import column_kernel, conv_kernel, pad_kernel, weight_kernel
 from fast.schedules import divisor
 from tinygrad import Tensor, dtypes, function
@@ -56,7 +56,7 @@ def windows(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0) 
       gp, p = g, 0
     # dw: a sum for each of 16 groups of images, then over the groups: many short sums instead of one long one, and
     # each group stays in the cache
-    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (divisor(B, 16), *w.shape),
+    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (groups_of(g, 16), *w.shape),
                 dtypes.float32, xp, gp)
     dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0)
     def da(a:Tensor) -> UOp:

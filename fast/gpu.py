@@ -17,6 +17,12 @@ def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=Non
     Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], dtype=dtype, device=device).uop.unshard(axis=0))
   return out.custom_kernel(*inputs, fxn=fxn, grad_fxn=grad_fxn)[0]
 
+def groups_of(x:Tensor, most:int, least:int=1) -> int:
+  """Into how many equal groups of `least` images or more x's are cut: at most so many for each device."""
+  devices = 1 if isinstance(x.device, str) else len(x.device)
+  B = x.shape[0]//devices
+  return devices * max(n for n in range(1, most+1) if B % n == 0 and (n == 1 or B//n >= least))
+
 def first(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.device[0]
 
 # *** convolution ***
@@ -48,8 +54,8 @@ def conv_function(stride:int, n:int):
       dx = launch(functools.partial(conv_kernel, stride=1, flipped=False, device=device), (B, H, H, 4*C), x.dtype,
                   g.pad((None, (1, 0), (1, 0), None)), taps.reshape(2, 2, O, 4*C))
       dx = dx.reshape(B, H, H, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(B, S, S, C)
-    # sums of groups of images, then over the groups: enough threads for every shape; groups of 16 where a row is short
-    groups = divisor(B if H > 4 else max(1, B//16), 8)
+    # sums of groups of images, then over the groups: enough threads for every shape; 16 images or more where rows are short
+    groups = groups_of(g, 8, 1 if H > 4 else 16)
     part = functools.partial(weight_kernel, stride=stride, p=p, device=device)
     dw = launch(part, (groups, *w.shape), dtypes.float32, xp, gp)
     images = columns(gp)    # the border is zeros
@@ -92,13 +98,13 @@ def norm_function(groups:int, silu:bool):
     x, weight, bias = [Tensor(u) for u in call.src[1:4]]
     g, mean, rstd = Tensor(g).cast(x.dtype), Tensor(call.gettuple(1)), Tensor(call.gettuple(2))
     B, H, W, C = x.shape
-    sums = launch(functools.partial(norm_gradient_kernel, silu=silu, device=first(x)), (2, B, C), dtypes.float32,
+    sums = launch(functools.partial(norm_gradient_kernel, silu=silu, device=first(x)), (B, 2, C), dtypes.float32,
                   g.reshape(B, H*W, C), x.reshape(B, H*W, C), mean, rstd, weight, bias)
-    means = ((sums * weight).reshape(2, B, groups, -1).sum(3) / (H*W*C//groups)).contiguous()
+    means = ((sums * weight).reshape(B, 2, groups, -1).sum(3) / (H*W*C//groups)).contiguous()
     d, v = (x.float() - spread(mean, C)) * spread(rstd, C), g.float()
     if silu: v = v * silu_slope(d * weight + bias)
-    dx = (v * weight - spread(means[0], C) - d * spread(means[1], C)) * spread(rstd, C)
-    return dx.cast(x.dtype).uop, sums[1].sum(0).uop, sums[0].sum(0).uop, *(None for _ in call.src[4:])
+    dx = (v * weight - spread(means[:, 0], C) - d * spread(means[:, 1], C)) * spread(rstd, C)
+    return dx.cast(x.dtype).uop, sums[:, 1].sum(0).uop, sums[:, 0].sum(0).uop, *(None for _ in call.src[4:])
   return function(forward, allow_implicit=True, grad_fxn=backward)
 
 # *** attention ***

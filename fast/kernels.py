@@ -28,7 +28,7 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
            tiles:Tiles|None=None, opts:tuple|None=None, op:Ops=Ops.ADD) -> UOp:
   """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
-  tiles: of each loop the amount that is unrolled into registers, and which loop the cores share; or opts: tinygrad's."""
+  tiles: of each loop the amount unrolled into registers, and which loop the cores share; or opts: tinygrad's."""
   amounts, shared = tiles or ((1,)*len(y.shape), -1)
   at, outer = zip(*(loop(n, a, amount, a == shared) for a, (n, amount) in enumerate(zip(y.shape, amounts))))
   ranges = [UOp.range(n, len(at)+a, AxisType.REDUCE) if n > 1 else None for a, n in enumerate(reduced)]
@@ -102,10 +102,10 @@ def statistic_kernel(y:UOp, x:UOp, *mean:UOp, device:str) -> UOp:
 def silu_slope(z): return (s := z.sigmoid()) * (1 + z * (1 - s))
 
 def norm_gradient_kernel(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, weight:UOp, bias:UOp, silu:bool, device:str) -> UOp:
-  """y[0,b,c] = Σ_r g f'(z), y[1,b,c] = Σ_r g f'(z) d: d = (x − μ)/σ, z = d · weight + bias, f SiLU or nothing."""
+  """y[b,0,c] = Σ_r g f'(z), y[b,1,c] = Σ_r g f'(z) d: d = (x − μ)/σ, z = d · weight + bias, f SiLU or nothing."""
   (_, R, C), n = x.shape, x.shape[2]//mean.shape[1]
   def term(at, inner):
-    (q, b, c), (r,) = at, inner
+    (b, q, c), (r,) = at, inner
     d = (x[b, r, c].cast(dtypes.float32) - mean[b, c//n]) * rstd[b, c//n]
     v = g[b, r, c].cast(dtypes.float32)
     if silu: v = v * silu_slope(d * weight[c] + bias[c])

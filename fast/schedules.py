@@ -56,8 +56,8 @@ def column_tiles(device:str, sizes:tuple[int, int], rows:int) -> Tiles|None:
 
 # *** GPUs ***
 
-# what a warp keeps of a product at most, in tiles of its tensor core; the warps of a block, each way; and how many warps
-# there should be in all before each keeps more: a card's hundred multiprocessors want some eight each
+# what a warp keeps of a product at most, in tiles of its tensor core; the warps of a block, each way; and how many
+# warps there should be in all before each keeps more: a card's hundred multiprocessors want some eight each
 TILES_N, TILES_M, WARPS, ENOUGH = 8, 4, 2, 1024
 
 @functools.cache

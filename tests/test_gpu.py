@@ -1,7 +1,12 @@
 """GPUs without one: kernels for tensor cores on tinygrad's emulators of three vendors; a step compiled for a card."""
 import importlib.util, json, os, subprocess, sys
+import numpy as np
 import pytest
-from common import ROOT
+from common import ROOT, arr, close
+from fast import cpu, gpu, setup
+from tinygrad import Device, Tensor
+
+setup()
 
 EMULATED = """if True:
   import sys
@@ -103,3 +108,19 @@ def test_a_step_is_compiled_for_a_card_that_is_not_here(tmp_path):
 def test_targets_that_cannot_be_compiled_for(target):
   r = subprocess.run([sys.executable, "bench.py", "--target", target], cwd=ROOT, capture_output=True, text=True)
   assert r.returncode == 1 and "--target" in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="names CPU devices")
+@pytest.mark.parametrize("batch,size,k,stride", [(22, 4, 3, 1), (50, 1, 1, 1), (6, 8, 3, 2), (100, 2, 1, 1)])
+def test_gradients_of_any_batch_on_one_device_and_on_two(batch, size, k, stride):
+  """The operations for GPUs, here on CPU devices: no image is left out, however a batch is cut into groups."""
+  x, w, g = arr(batch, size, size, 8), arr(k, k, 8, 16, seed=1), arr(batch, size//stride, size//stride, 16, seed=2)
+  lo, hi = (k//2, k//2) if stride == 1 else (0, 1)
+  padded, H = np.pad(x.astype(np.float64), ((0, 0), (lo, hi), (lo, hi), (0, 0))), size//stride
+  want = np.stack([[np.einsum("bhwc,bhwo->co", padded[:, i:i+stride*H:stride, j:j+stride*H:stride], g)
+                    for j in range(k)] for i in range(k)])
+  for devices in (("CPU",), ("CPU:0", "CPU:1")):
+    def lay(a, axis): return (Tensor(a).shard(devices, axis) if len(devices) > 1 else Tensor(a)).realize()
+    for convolve in (gpu.convolve, cpu.convolve):
+      weight = lay(w, None)
+      dw, = (convolve(lay(x, 0), weight, stride=stride) * lay(g, 0)).sum().gradient(weight)
+      close(dw.to(devices[0]).numpy(), want, atol=1e-4 * np.abs(want).max())

@@ -383,7 +383,7 @@ class Enough(Exception): pass
 @pytest.mark.parametrize("side,flags,size", [
   (50, [], 48), (512, [], 64), (50, ["--channel-mult", "1,2"], 50), (512, ["--image-size", "128"], 128)])
 def test_size_of_the_images_of_a_folder(tmp_path, monkeypatch, side, flags, size):
-  def state(config, devices):
+  def state(config, *_):
     assert config["image_size"] == size
     raise Enough
   monkeypatch.setattr(train, "State", state)
