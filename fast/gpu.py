@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from fast.kernels import column_kernel, conv_kernel, norm_gradient_kernel, product_kernel, silu_slope
 from fast.kernels import statistic_kernel, weight_kernel
-from fast.schedules import divisor
 from tinygrad import Tensor, dtypes, function
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops, UOp
@@ -54,7 +53,7 @@ def conv_function(stride:int, n:int):
       dx = launch(functools.partial(conv_kernel, stride=1, flipped=False, device=device), (B, H, H, 4*C), x.dtype,
                   g.pad((None, (1, 0), (1, 0), None)), taps.reshape(2, 2, O, 4*C))
       dx = dx.reshape(B, H, H, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(B, S, S, C)
-    # sums of groups of images, then over the groups: enough threads for every shape; 16 images or more where rows are short
+    # sums of groups of images, then over the groups: enough threads for every shape; 16 images or more if rows are few
     groups = groups_of(g, 8, 1 if H > 4 else 16)
     part = functools.partial(weight_kernel, stride=stride, p=p, device=device)
     dw = launch(part, (groups, *w.shape), dtypes.float32, xp, gp)
