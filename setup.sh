@@ -31,6 +31,8 @@ echo "tinygrad runs on the CPU here and needs clang, best 18 or newer: trying to
 if command -v apt-get >/dev/null; then
   quietly apt-get update -qq
   for clang in clang-19 clang-18 clang; do quietly apt-get install -y -qq --no-install-recommends $clang && break; done
+  # tinygrad by itself, without a program of this project that looks for it, knows no other name than clang
+  command -v clang >/dev/null || quietly update-alternatives --install /usr/bin/clang clang "$(command -v $clang)" 1
 elif command -v dnf >/dev/null; then quietly dnf install -y -q clang
 elif command -v pacman >/dev/null; then quietly pacman -S --noconfirm clang
 elif command -v apk >/dev/null; then quietly apk add -q clang
