@@ -3,7 +3,7 @@ and which all cores share, and what lies between them in passes over memory."""
 from __future__ import annotations
 import functools
 from fast.gpu import first, groups_of, launch, product
-from fast.kernels import column_kernel, conv_kernel, pad_kernel, weight_kernel
+from fast.kernels import column_kernel, conv_kernel, pad_kernel, silu_slope, weight_kernel
 from fast.schedules import divisor
 from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
@@ -116,9 +116,7 @@ def norm_function(groups:int, silu:bool):
   def backward(g:UOp, call:UOp):
     (x, weight, bias), d, rstd = map(Tensor, call.src[1:4]), Tensor(call.gettuple(1)), Tensor(call.gettuple(2))
     g, n, w = Tensor(g), x.shape[1]*x.shape[2], weight.reshape(1, 1, 1, -1)
-    if silu:
-      z = d * (rstd*w) + bias
-      g = g * (s := z.sigmoid()) * (1 + z*(1-s))
+    if silu: g = g * silu_slope(d * (rstd*w) + bias)
     g = g.contiguous()
     s1, s2 = sums(g), sums(g, d)
     m1, m2 = group_mean(s1*weight, n), group_mean(s2*weight, n)

@@ -64,6 +64,32 @@ def test_tensor_cores_of_three_vendors(device, dtype):
   assert int(kernels) == int(on_cores) >= 15
   assert float(error) < {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-6}[dtype], worst
 
+NORM = """if True:
+  import numpy as np
+  from tinygrad import Tensor
+  from fast import gpu
+  r = np.random.default_rng(0)
+  x, w, b, g, d = [r.standard_normal(s) for s in ((2, 4, 4, 8), (8,), (8,), (2, 4, 4, 8), (2, 4, 4, 8))]
+  def by_hand(x, w, b):
+    v = x.reshape(2, 16, 4, 2)
+    v = (v - v.mean((1, 3), keepdims=True)) / np.sqrt(v.var((1, 3), keepdims=True) + 1e-6)
+    return (z := v.reshape(x.shape) * w + b) / (1 + np.exp(-z))
+  ours = [Tensor(a.astype(np.float32)).realize() for a in (x, w, b)]
+  y = gpu.group_norm(*ours, 4)
+  print(np.abs(y.numpy() - by_hand(x, w, b)).max())
+  for i, grad in enumerate((y * Tensor(g.astype(np.float32))).sum().gradient(*ours)):
+    step, grad = d if i == 0 else d[0, 0, 0], grad.numpy()
+    ends = [by_hand(*(a + s*1e-5*step if j == i else a for j, a in enumerate((x, w, b)))) for s in (1, -1)]
+    print(abs((grad * step).sum() - (g * (ends[0] - ends[1])).sum() / 2e-5) / np.abs(grad * step).sum())"""
+
+@pytest.mark.parametrize("device", ("PYTHON::sm_80", "PYTHON::METAL"))
+def test_group_norm_whose_sums_are_shared_by_the_threads_of_a_block(device):
+  """Values and gradients, against float64, by differences."""
+  r = subprocess.run([sys.executable, "-c", NORM], cwd=ROOT, env=os.environ | {"DEV": device, "PLAIN": "0"},
+                     capture_output=True, text=True)
+  assert r.returncode == 0, r.stderr[-2000:]
+  assert max(map(float, r.stdout.split())) < 5e-6, r.stdout
+
 LOWERED = """if True:
   import sys
   sys.path.insert(0, "tests")
