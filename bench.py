@@ -37,8 +37,7 @@ def training_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:Shap
   images, labels = np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.zeros(shape[0], np.int32)
   def once():
     x, t, eps, y, seeds = train.draw(a, images, labels, 0, i := next(n))
-    h = np.array([0, 1, *train.hyper(a, i)], np.float32)
-    step(*(state.lay(v).realize() for v in (x, t, eps, y)), *(state.lay(v, axis=None).realize() for v in (seeds[0], h)))
+    step(*state.given(np.array([1, *train.hyper(a, i)], np.float32), x, t, eps, y, seeds))
   return step, once
 
 def sampling_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:Shape) -> Steps:
@@ -46,8 +45,9 @@ def sampling_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:Shap
   model = unet.lower(state.average, unet.DTYPES[a.dtype])
   def step(x:Tensor, t:Tensor, z:Tensor) -> Tensor: return ddpm.p_sample(model, x, t, z).realize()
   jit, rng = captured(step), np.random.default_rng(0)
-  x, t = (state.lay(v).realize() for v in (rng.standard_normal(shape, np.float32), np.full(shape[0], ddpm.T, np.int32)))
-  return jit, lambda: jit(x, t, state.lay(rng.standard_normal(shape, np.float32)).realize())
+  def on_first(v:np.ndarray) -> Tensor: return Tensor(v, device=state.devices[0]).realize()
+  x, t = on_first(rng.standard_normal(shape, np.float32)), on_first(np.full(shape[0], ddpm.T, np.int32))
+  return jit, lambda: jit(x, t, on_first(rng.standard_normal(shape, np.float32)))
 
 def forward_flops(model:unet.UNet, batch:int) -> int:
   """Multiplications and additions of all products of one forward pass, counted from their shapes alone."""

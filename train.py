@@ -39,7 +39,7 @@ PRESETS["folder"] = PRESETS["cifar10"] | dict(steps=100_000, batch=32, channels=
 
 def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n:int) -> tuple[np.ndarray, ...]:
   """Lines 2-4, for step n (from 1), from (seed, n) alone: x_0 as 0..255 (B,C,H,W), t (B,), ε (B,C,H,W); and the labels
-  (B,), `null` for none, and seeds of the dropout (accum, 1)."""
+  (B,), `null` for none, and seeds of the dropout (B,)."""
   x, y = data.batch_at(images, labels, n-1, a.batch, a.seed, a.flip)  # x₀ ~ q(x₀)
   rng = stream(a.seed, "training step", n)
   t = rng.integers(1, a.T+1, a.batch, np.int32)                       # t ~ Uniform({1, …, T})
@@ -49,7 +49,7 @@ def draw(a:argparse.Namespace, images:np.ndarray, labels:np.ndarray, null:int, n
   if a.times == "weighted": t = weighted_times(a, rng)
   if a.dequantize: x = x + (rng.random(x.shape, np.float32) - 0.5)
   y = np.where(rng.random(a.batch) < a.drop_labels, null, y).astype(np.int32)
-  return x, t, eps, y, rng.integers(0, 2**32, (a.accum, 1), np.uint32)
+  return x, t, eps, y, rng.integers(0, 2**32, a.batch, np.uint32)
 
 def hyper(a:argparse.Namespace, n:int) -> list[float]:
   """Learning rate, Adam's two corrections and the decay of the average at step n (from 1)."""
@@ -58,25 +58,30 @@ def hyper(a:argparse.Namespace, n:int) -> list[float]:
   decay = min(a.ema, (1+n) / (10+n))  # not in the paper: a young average must forget the initialization
   return [lr, 1-0.9**n, 1-0.999**n, decay]
 
-def make_step(state:State, ddpm:DDPM, a:argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor]]:
-  """Algorithm 1, lines 2-5, as one graph: step(x, t, eps, y, seed, h) -> (loss of each example (B/accum,), ‖∇θ‖).
+def make_step(state:State, ddpm:DDPM, a:argparse.Namespace) -> Callable[..., list[Tensor]]:
+  """Algorithm 1, lines 2-5, as one graph: step(*state.given(h, x, t, eps, y, seeds)) -> [‖∇θ‖, the loss of each example
+  (on each device)].
 
-  x, t, eps, y, seed are a part of what `draw` gives. h (6,): 1 if it is not the first part of its batch, else 0; 1 if
-  it is the last, else 0; and `hyper`. The weights change after the last part."""
-  losses, accum, clip = functools.partial(loss_terms, state.model, ddpm, a, time_weights(ddpm, a)), a.accum, a.clip
+  x, t, eps, y, seeds are a part of what `draw` gives. h (5,): 1 if it is the last part of its batch, else 0; and
+  `hyper`. The weights change after the last part."""
+  losses, accum, clip = functools.partial(loss_terms, ddpm, a, time_weights(ddpm, a)), a.accum, a.clip
   # loss scaling: the gradient of a mean over so many numbers would fall below the least one that float16 has
   scale = a.batch//a.accum * state.model.config["in_channels"] * state.model.config["image_size"]**2 \
     if state.dtype == dtypes.float16 else 1
-  def step(x:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor, h:Tensor) -> tuple[Tensor, Tensor]:
-    keep, last, lr, c1, c2, decay = [h[i] for i in range(6)]
-    m, v, w, e, grad = [state.flat[k] for k in ("m", "v", "raw", "ema", "grad")]
-    x0 = x.cast(dtypes.float32) / 127.5 - 1
-    loss = losses(x0, t, eps, y, seed)                                      # ‖ε − ε_θ(√ᾱₜ x₀ + √(1−ᾱₜ) ε, t)‖²
-    gradient = (loss.mean() * scale).gradient(*nn.state.get_parameters(state.model))  # ∇θ
-    for part, g in zip(state.parts["grad"], gradient, strict=True):
-      g = g.reshape(part.shape).float() / scale
-      part.assign(part * keep + g / accum if accum > 1 else g)
-    Tensor.realize(loss, *state.parts["grad"])  # all of them, before they are read as one
+  def step(h:Tensor, *shares:Tensor) -> list[Tensor]:
+    last, lr, c1, c2, decay = [h[i] for i in range(5)]
+    m, v, w, e, grads = [state.flat[k] for k in ("m", "v", "raw", "ema", "grad")]
+    each = []
+    for i, (model, parts) in enumerate(zip(state.models, state.parts["grad"], strict=True)):  # each device, its images
+      x, t, eps, y, seeds = shares[5*i:5*i+5]
+      x0 = x.cast(dtypes.float32) / 127.5 - 1
+      each.append(losses(model, x0, t, eps, y, seeds))                      # ‖ε − ε_θ(√ᾱₜ x₀ + √(1−ᾱₜ) ε, t)‖²
+      gradient = (each[i].mean() * scale).gradient(*nn.state.get_parameters(model))  # ∇θ
+      for part, g in zip(parts, gradient, strict=True):
+        g = g.reshape(part.shape).float() / (scale * accum)
+        part.assign(part + g if accum > 1 else g)
+    Tensor.realize(*each, *(p for parts in state.parts["grad"] for p in parts))  # all, before they are read as one
+    grad = grads.mean(0)                        # over the devices
     norm = total(grad.square()).sqrt()
     g = grad * (clip / norm.maximum(clip))      # clipping: the authors' code, not in the paper
     # Adam
@@ -87,14 +92,15 @@ def make_step(state:State, ddpm:DDPM, a:argparse.Namespace) -> Callable[..., tup
     e.assign(e + last * (1 - decay) * (w - e))  # EMA: θ̄ ← d θ̄ + (1−d) θ
     low = [state.flat["low"].assign(w.cast(state.dtype))] if "low" in state.flat else []
     Tensor.realize(norm, m, v, w, e, *low)
-    return loss, norm
+    if accum > 1: grads.assign(grads * (1 - last)).realize()  # the next batch begins at 0
+    return [norm, *each]
   return captured(step)
 
-def loss_terms(net:UNet, ddpm:DDPM, a:argparse.Namespace, weights:Tensor|None,
-               x0:Tensor, t:Tensor, eps:Tensor, y:Tensor, seed:Tensor) -> Tensor:
+def loss_terms(ddpm:DDPM, a:argparse.Namespace, weights:Tensor|None, net:UNet,
+               x0:Tensor, t:Tensor, eps:Tensor, y:Tensor, seeds:Tensor) -> Tensor:
   """The loss of each example (B,): L_simple (Eq. 14) or its term of L_vlb (Eq. 5), times what its t counts for."""
   def model(x_t:Tensor, t:Tensor) -> Tensor:
-    out = net(x_t, t, y if a.class_conditional else None, seed if a.dropout else None)
+    out = net(x_t, t, y if a.class_conditional else None, seeds if a.dropout else None)
     return mended(ddpm, x0, x_t, t, eps, out) if a.clip_x0 else out
   if a.loss == "simple": loss = ddpm.loss_terms(model, x0, t, eps)
   else: loss = ddpm.vlb_term(model, x0, t, eps, clip=False)  # an estimate of Σₜ Lₜ₋₁ / T, whichever way t is drawn
@@ -107,13 +113,12 @@ def total(v:Tensor) -> Tensor:
 def take(step:Callable, state:State, a:argparse.Namespace, n:int, x:np.ndarray, t:np.ndarray, eps:np.ndarray,
          y:np.ndarray, seeds:np.ndarray) -> tuple[np.ndarray, float]:
   """Step n with what `draw` gave for it, in --accum parts: loss of each example (B,), norm of the gradient."""
-  each, size = np.zeros(a.batch, np.float32), a.batch//a.accum
+  each, size = [], a.batch//a.accum
   for k in range(a.accum):
-    part, h = slice(k*size, (k+1)*size), np.array([k > 0, k == a.accum-1, *hyper(a, n)], np.float32)
-    loss, norm = step(*(state.lay(v[part]).realize() for v in (x, t, eps, y)),
-                      *(state.lay(v, axis=None).realize() for v in (seeds[k], h)))
-    each[part] = state.fetch(loss)
-  return each, float(state.fetch(norm))
+    part, h = slice(k*size, (k+1)*size), np.array([k == a.accum-1, *hyper(a, n)], np.float32)
+    norm, *losses = step(*state.given(h, *(v[part] for v in (x, t, eps, y, seeds))))
+    each += [loss.numpy() for loss in losses]
+  return np.concatenate(each), float(state.fetch(norm))
 
 # *** what may be changed in it: not in the paper ***
 
@@ -162,15 +167,17 @@ def time_weights(ddpm:DDPM, a:argparse.Namespace) -> Tensor|None:
 class State:
   """Weights, their average (EMA), Adam's two moments and the gradient, each one flat buffer; weights in `dtype` too.
 
-  So a handful of kernels update all parameters at once. The two networks' weights lie inside these buffers: nothing is
-  copied, and the average is never an alias of the weights."""
+  So a handful of kernels update all parameters at once. The networks' weights lie inside these buffers: nothing is
+  copied, and the average is never an alias of the weights. Each of several devices has all of it, a network and the
+  gradient of its own images; one sum of these flat gradients over the devices makes their steps the same."""
   def __init__(self, config:dict, devices:tuple[str, ...], dtype:DType=dtypes.float32):
-    self.model, self.average, self.devices, self.dtype = UNet(**config), UNet(**config), devices, dtype
-    self.model.dtype = dtype
+    self.models, self.average = [UNet(**config) for _ in devices], UNet(**config)
+    self.model, self.devices, self.dtype = self.models[0], devices, dtype
+    for model in self.models: model.dtype = dtype
     weights = {k: v.numpy() for k, v in nn.state.get_state_dict(self.model).items()}
     self.shapes, self.size = {k: v.shape for k, v in weights.items()}, sum(v.size for v in weights.values())
-    # each parameter begins at a multiple of 64 numbers, where every device can load several at once
-    self.starts = [0, *itertools.accumulate(v.size + -v.size % 64 for v in weights.values())]
+    # each parameter begins at a multiple of 256 numbers, where OpenCL too can have a buffer begin
+    self.starts = [0, *itertools.accumulate(v.size + -v.size % 256 for v in weights.values())]
     self.start(weights)
 
   def start(self, weights:dict[str, np.ndarray]):
@@ -183,14 +190,15 @@ class State:
     ends = list(itertools.accumulate(map(math.prod, self.shapes.values())))
     named = {key: [arrays[f"{key}.{k}"] for k in self.shapes] for key in ("raw", "ema")}
     named |= {key: np.split(arrays[f"adam.{key}"], ends[:-1]) for key in ("m", "v")}
-    self.flat = {"grad": self.lay(self.pack([]), axis=None).realize()}
-    self.flat |= {key: self.lay(self.pack(parts), axis=None).realize() for key, parts in named.items()}
+    self.flat = {"grad": self.lay(self.pack([])[None].repeat(len(self.devices), 0), axis=0).realize()}
+    self.flat |= {key: self.lay(self.pack(parts)).realize() for key, parts in named.items()}
     if self.dtype != dtypes.float32: self.flat["low"] = self.flat["raw"].cast(self.dtype).contiguous().realize()
-    self.parts = {key: [inside(flat, i, shape) for i, shape in zip(self.starts, self.shapes.values())]
-                  for key, flat in self.flat.items()}
-    low = self.parts.get("low", self.parts["raw"])  # scales, shifts and biases stay as they are
-    weights = [w if w.ndim == 1 else l for w, l in zip(self.parts["raw"], low, strict=True)]
-    for model, parts in ((self.model, weights), (self.average, self.parts["ema"])):
+    self.parts = {key: [[inside(flat, device, i, shape) for i, shape in zip(self.starts, self.shapes.values())]
+                        for device in self.devices] for key, flat in self.flat.items()}
+    # scales, shifts and biases are not rounded to dtype
+    weights = [[w if w.ndim == 1 else l for w, l in zip(*both, strict=True)]
+               for both in zip(self.parts["raw"], self.parts.get("low", self.parts["raw"]))]
+    for model, parts in zip([*self.models, self.average], [*weights, self.parts["ema"][0]], strict=True):
       for p, part in zip(nn.state.get_parameters(model), parts, strict=True): p.replace(part)
 
   def pack(self, arrays:list[np.ndarray]) -> np.ndarray:
@@ -207,12 +215,18 @@ class State:
     named = {f"{key}.{k}": v for key in ("raw", "ema") for k, v in zip(self.shapes, cut(key))}
     return named | {f"adam.{key}": np.concatenate([v.reshape(-1) for v in cut(key)]) for key in ("m", "v")}
 
-  def lay(self, array:np.ndarray, axis:int|None=0) -> Tensor:
-    """On the device or, cut along `axis` (or whole, for None), on all devices."""
+  def lay(self, array:np.ndarray, axis:int|None=None) -> Tensor:
+    """On the device or whole on all devices or, cut along `axis`, a part on each."""
     t = Tensor(array, device=self.devices[0])
     return t if len(self.devices) == 1 else t.shard(self.devices, axis)
 
-  def fetch(self, t:Tensor) -> np.ndarray: return (t if len(self.devices) == 1 else t.to(self.devices[0])).numpy()
+  def given(self, h:np.ndarray, *arrays:np.ndarray) -> list[Tensor]:
+    """What a captured step takes: h, then for each device in turn its share of the images of each array."""
+    shares = zip(*(np.split(v, len(self.devices)) for v in arrays), strict=True)
+    placed = (Tensor(v, device=d).realize() for d, share in zip(self.devices, shares, strict=True) for v in share)
+    return [self.lay(h).realize(), *placed]
+
+  def fetch(self, t:Tensor) -> np.ndarray: return t.to(self.devices[0]).numpy()
 
 # *** a run: what fixes it, and where it begins ***
 
@@ -352,15 +366,14 @@ def make_show(out:Path, state:State, ddpm:DDPM, a:argparse.Namespace) -> Callabl
   """show(step) draws images with the averaged weights, the same latents each time, so that pictures compare.
 
   DDIM with 50 steps (not in the paper) takes a 20th of Algorithm 2's time."""
-  n, config = max(1, 36//a.gpus) * a.gpus, state.model.config
-  size, null = config["image_size"], config["num_classes"]
-  jits:dict = {}
-  x_T = state.lay(sample.draw_x_T(n, (config["in_channels"], size, size), a.seed).numpy()).realize()
-  y = state.lay(np.full(n, null, np.int32)).realize() if null else None
+  config, jits = state.model.config, {}  # type: tuple[dict, dict]
+  size, null, device = config["image_size"], config["num_classes"], state.devices[0]
+  x_T = sample.draw_x_T(36, (config["in_channels"], size, size), a.seed).to(device).realize()
+  y = Tensor(np.full(36, null, np.int32), device=device).realize() if null else None
   def model(x:Tensor, t:Tensor) -> Tensor: return state.average(x, t, y)
   def show(step:int):
     for _, _, x0_hat in sample.SAMPLERS["ddim"](ddpm, model, x_T, min(50, a.T), a.seed, jits=jits): x0 = x0_hat
-    images = data.to_uint8(state.fetch(x0))
+    images = data.to_uint8(x0.numpy())
     for path in (out/"samples.png", out/"samples"/f"{step:06d}.png"): pictures.save_png(path, pictures.grid(images))
     if sys.stdout.isatty(): print(pictures.to_terminal(images[:8]))
   return show

@@ -66,7 +66,7 @@ class UNet:
     return emb.silu().contiguous()
 
   def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
-    """Dropout is on when a `seed` for it is given, uint32 (1,): the same seed drops the same numbers on every device.
+    """Dropout is on when seeds for it are given, uint32 (B,): what is dropped of an image depends on its seed alone.
 
     Activations and the operands of products are in self.dtype; sums, softmax and GroupNorm in float32 in any case."""
     emb, h = self.embed(t, y).cast(self.dtype), self.conv_in(x.permute(0, 2, 3, 1).cast(self.dtype))
@@ -194,7 +194,8 @@ def following(seed:Tensor|None) -> Tensor|None:
 
 def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
   """x with numbers zeroed with probability p, where a hash of seed and place is small, the others divided by 1−p."""
-  h = Tensor.arange(x.numel(), dtype=dtypes.uint32).to(seed.device) * 0x9E3779B1 ^ (seed * 0x85EBCA77)
+  place = Tensor.arange(x[0].numel(), dtype=dtypes.uint32).to(seed.device)
+  h = place * 0x9E3779B1 ^ (seed.reshape(-1, 1) * 0x85EBCA77)
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): h = (h ^ (h >> shift)) * factor
   return (h >= int(p * 2**32)).reshape(x.shape).where(x, 0) / (1-p)
 

@@ -2,8 +2,8 @@
 
 Nothing in this folder changes a number beyond rounding. PLAIN=1 leaves all of it out, and so does deleting the folder:
 unet.py then runs its own operations. One file for each purpose; each change to tinygrad's own behaviour stands in
-`compiler.py`, `cores.py` or `quickstart.py`, with what it gains and what in tinygrad would make it unnecessary. They
-are made by `setup`, never by an import.
+`compiler.py`, `cores.py`, `opencl.py` or `quickstart.py`, with what it gains and what in tinygrad would make it
+unnecessary. They are made by `setup`, never by an import.
 """
 from __future__ import annotations
 import functools, os
@@ -23,12 +23,13 @@ def compiler_is_found() -> bool: return find_compiler() is not None
 
 @functools.cache
 def install():
-  from fast import compiler, cores, quickstart
-  try: cpu = Device[Device.DEFAULT].device.startswith("CPU")
+  from fast import compiler, cores, opencl, quickstart
+  try: device = Device[Device.DEFAULT].device
   except Exception: return  # no device: whoever opens it says so
-  if cpu:
+  if device.startswith("CPU"):
     compiler.install()
     cores.install()
+  if device.startswith("CL"): opencl.install()
   quickstart.install()
 
 def quick(plainly:Callable) -> Callable:

@@ -89,16 +89,15 @@ def captured(step:Callable, kept:dict|None=None, *key) -> Callable:
   kept[full] = call
   return call
 
-def inside(flat:Tensor, start:int, shape:tuple[int, ...]) -> Tensor:
-  """The part of a flat tensor that begins at `start`, with a buffer of its own that lies within flat's.
+def inside(flat:Tensor, device:str, start:int, shape:tuple[int, ...]) -> Tensor:
+  """The part of a flat tensor that begins at `start` on this device, with a buffer of its own that lies within flat's.
 
-  A slice would have its place written into each kernel that touches it, and each of these be compiled by itself. Where
-  the device knows no such buffers (OpenCL), or flat lies on several, it is a slice. To tinygrad the two are strangers:
-  realize what writes the one before what reads the other is made."""
-  device, size = flat.device, math.prod(shape)
-  if not isinstance(device, str) or type(Device[device].allocator)._offset is Allocator._offset:
-    return flat[start:start+size].reshape(shape)
-  buffer = flat.uop.base.buffer
-  assert isinstance(buffer, Buffer)
-  part = buffer.ensure_allocated().view(size, flat.dtype, start*flat.dtype.itemsize)
+  A slice would have its place written into each kernel that touches it, and each of these be compiled by itself. It is
+  one where the device knows no such buffers (WebGPU). To tinygrad the two are strangers: realize what writes the one
+  before what reads the other is made."""
+  size, buffer = math.prod(shape), flat.uop.base.buffer
+  if isinstance(buffer, Buffer) and type(Device[device].allocator)._offset is Allocator._offset:
+    return flat.reshape(-1)[start:start+size].reshape(shape)
+  whole = buffer if isinstance(buffer, Buffer) else next(b for b in buffer.bufs if b.device == device)
+  part = whole.ensure_allocated().view(size, flat.dtype, start*flat.dtype.itemsize)
   return Tensor(UOp.from_buffer(part, device)).reshape(shape)

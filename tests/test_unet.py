@@ -93,8 +93,8 @@ def test_upsampling():
   assert np.array_equal(unet.upsample(Tensor(x)).numpy(), x.repeat(2, 1).repeat(2, 2))
 
 def test_dropout():
-  x, seed = Tensor(np.ones((4, 8, 8, 16), np.float32)), lambda s: Tensor(np.array([s], np.uint32))
-  a, b, c = [unet.dropout(x, 0.25, seed(s)).numpy() for s in (1, 1, 2)]
+  x, seed = Tensor(np.ones((4, 8, 8, 16), np.float32)), lambda s: Tensor(np.arange(s, s+4).astype(np.uint32))
+  a, b, c = [unet.dropout(x, 0.25, seed(s)).numpy() for s in (1, 1, 9)]
   assert np.array_equal(a, b) and not np.array_equal(a, c)
   assert set(np.unique(a)) == {0.0, np.float32(1/0.75)} and abs((a == 0).mean() - 0.25) < 4 * np.sqrt(0.25*0.75/a.size)
   assert abs(np.corrcoef((a == 0).ravel(), (c == 0).ravel())[0, 1]) < 4 / np.sqrt(a.size)
