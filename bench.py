@@ -67,11 +67,12 @@ def forward_flops(model:unet.UNet, batch:int) -> int:
   finally: vars(unet).update(operations)
   return count[0]
 
-def kernels(step:Callable) -> list[UOp]:
-  """The compiled kernels of a captured step in their order; where the device runs them in batches, those inside."""
+def kernels(step:Callable, op:Ops=Ops.PROGRAM) -> list[UOp]:
+  """The compiled kernels (or the copies) of a captured step in their order; where the device runs them in batches,
+  those inside."""
   calls = [c for call in step.jit.captured.linear.src                                 # type: ignore[attr-defined]
            for c in (call.src[0].src[0].src if call.src[0].op is Ops.CUSTOM_FUNCTION else [call])]
-  return [c.src[0] for c in calls if c.src[0].op is Ops.PROGRAM]
+  return [c.src[0] for c in calls if c.src[0].op is op]
 
 # *** on the device that is here ***
 
@@ -125,8 +126,8 @@ def here(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:Shape):
 
 # *** on a card that is not here ***
 
-def open_target(target:str) -> tuple[str, Path]:
-  """Makes tinygrad's NULL device, which compiles and runs nothing, compile for CUDA: (architecture, path of ptxas).
+def open_target(target:str, gpus:int) -> tuple[str, Path]:
+  """Makes tinygrad's NULL devices, which compile and run nothing, compile for CUDA: (architecture, path of ptxas).
 
   The compiler comes from the wheels of requirements-gpu.txt. RuntimeError where they are missing."""
   kind, _, arch = target.partition(":")
@@ -140,10 +141,12 @@ def open_target(target:str) -> tuple[str, Path]:
     raise RuntimeError("--target needs NVIDIA's compiler, though no card: pip install -r requirements-gpu.txt")
   os.environ.update(NVRTC_PATH=str(next(folder.glob("lib/libnvrtc.so.*"))), CUDA_PATH=str(folder))
   os.environ["DEV"] = helpers.DEV.value = f"NULL:{target}"
+  os.environ["CACHELEVEL"], helpers.CACHELEVEL.value = "0", 0  # compile_s is that of an empty cache
   helpers.NULL_ALLOW_COPYOUT.value = 1
-  renderer = Device["NULL"].renderer
-  renderer.target = dataclasses.replace(renderer.target, device="CUDA")  # or TF32 would be taken, as it is not on CUDA
-  renderer.compiler.ptx = True
+  for i in range(gpus):
+    renderer = Device[f"NULL:{i}"].renderer
+    renderer.target = dataclasses.replace(renderer.target, device="CUDA")  # where TF32 is not taken unasked
+    renderer.compiler.ptx = True
   return arch, folder/"bin"/"ptxas"
 
 def sources(program:UOp) -> str: return next(u.arg for u in program.src if u.op is Ops.SOURCE)
@@ -173,17 +176,16 @@ def count(step:Callable, arch:str, ptxas:Path, seconds:float, b:argparse.Namespa
     limit += max(ops/(tensor if cores else plain), mem/bandwidth)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     registers, spills = zip(*pool.map(lambda p: assembled(p, arch, ptxas), distinct))
-  return dict(kernels=len(made), distinct_kernels=len(distinct), gflop=total/1e9,
+  return dict(kernels=len(made), distinct_kernels=len(distinct), copies=len(kernels(step, Ops.COPY)), gflop=total/1e9,
               tensor_core_share=on_cores/max(1, total), gigabytes_moved=moved/1e9,
               flop_per_byte_loaded=by_products/max(1, loaded), registers_max=max(registers), spill_bytes=sum(spills),
               compile_s=seconds, roofline_s=limit)
 
 def elsewhere(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:Shape):
   helpers.ALLOW_TF32.value = int(b.tf32)
-  arch, ptxas = open_target(b.target)
+  arch, ptxas = open_target(b.target, b.gpus)
   unet.setup()
-  ddpm, state = DDPM(), train.State(config, tuple(f"NULL:{i}" for i in range(b.gpus)) if b.gpus > 1 else ("NULL",),
-                                    unet.DTYPES[b.dtype])
+  ddpm, state = DDPM(), train.State(config, tuple(f"NULL:{i}" for i in range(b.gpus)), unet.DTYPES[b.dtype])
   result:dict = dict(target=b.target, dtype=b.dtype, batch=b.batch, gpus=b.gpus)
   for name, make in (("training", training_step), ("sampling", sampling_step)):
     step, once = make(state, ddpm, a, shape)
@@ -193,7 +195,7 @@ def elsewhere(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:Sha
     c = count(step, arch, ptxas, time.perf_counter() - start, b)
     result |= c if name == "training" else {"sampling": c}
     print(f"{name} step, {b.preset}, batch {b.batch}, {b.dtype}, for {b.target}: {c['kernels']} kernels, "
-          f"{c['distinct_kernels']} distinct, compiled in {c['compile_s']:.0f} s\n"
+          f"{c['distinct_kernels']} distinct, {c['copies']} copies, compiled in {c['compile_s']:.0f} s\n"
           f"  {c['gflop']:.0f} GFLOP, {c['tensor_core_share']:.1%} on tensor cores, "
           f"{c['flop_per_byte_loaded']:.1f} for each byte that threads load there\n"
           f"  {c['gigabytes_moved']:.2f} GB moved; {c['registers_max']} registers at most, "

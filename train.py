@@ -21,17 +21,18 @@ from files.weights import read_tensors, write_tensors
 from unet import DTYPES, UNet
 
 # What differs by dataset; --help says what each is. cifar10 is the paper's Appendix B (warmup and groups the authors'
-# code's); the others are sized for two CPU cores.
-PRESETS = {
-  "glyphs":  dict(steps=2000,    batch=32,  lr=1e-3, ema=0.999,  channels=32,  channel_mult=(1, 2),
-                  num_res_blocks=1, attn=(8,),  dropout=0.,  norm_groups=8,
-                  warmup=200,  save_every=500,  sample_every=1000, flip=False),
-  "mnist":   dict(steps=4000,    batch=32,  lr=1e-3, ema=0.999,  channels=32,  channel_mult=(1, 2, 2),
-                  num_res_blocks=1, attn=(7,),  dropout=0.,  norm_groups=8,
-                  warmup=200,  save_every=500,  sample_every=1000, flip=False),
+# code's). The others are sized for some minutes on two CPU cores, by the trials of BENCHMARKS.md: little of the work at
+# the full resolution, labels, and a learning rate that is high and falls to 0.
+PRESETS:dict[str, dict] = {
   "cifar10": dict(steps=800_000, batch=128, lr=2e-4, ema=0.9999, channels=128, channel_mult=(1, 2, 2, 2),
                   num_res_blocks=2, attn=(16,), dropout=0.1, norm_groups=32,
-                  warmup=5000, save_every=1000, sample_every=5000, flip=True)}
+                  warmup=5000, save_every=1000, sample_every=5000, flip=True,
+                  anneal=0, min_snr=0, class_conditional=False)}
+PRESETS["mnist"] = PRESETS["cifar10"] | dict(
+  steps=4600, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attn=(7,),
+  dropout=0., norm_groups=8, warmup=200, save_every=500, sample_every=1000, flip=False,
+  anneal=4600, class_conditional=True)
+PRESETS["glyphs"] = PRESETS["mnist"] | dict(steps=2000, channel_mult=(1, 4), attn=(8,), anneal=2000)
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 PRESETS["folder"] = PRESETS["cifar10"] | dict(steps=100_000, batch=32, channels=64, warmup=1000)
 
@@ -172,7 +173,7 @@ class State:
   gradient of its own images; one sum of these flat gradients over the devices makes their steps the same."""
   def __init__(self, config:dict, devices:tuple[str, ...], dtype:DType=dtypes.float32):
     self.models, self.average = [UNet(**config) for _ in devices], UNet(**config)
-    self.model, self.devices, self.dtype = self.models[0], devices, dtype
+    self.model, self.devices, self.dtype = self.models[0], tuple(map(Device.canonicalize, devices)), dtype
     for model in self.models: model.dtype = dtype
     weights = {k: v.numpy() for k, v in nn.state.get_state_dict(self.model).items()}
     self.shapes, self.size = {k: v.shape for k, v in weights.items()}, sum(v.size for v in weights.values())
@@ -290,7 +291,7 @@ def resume(state:State, last:Path, fixed:dict) -> tuple[int, float]:
     step, smooth, before = int(meta["step"]), float(meta["smooth"]), dict(meta["train"])
   except (KeyError, ValueError, TypeError, RecursionError):
     raise ValueError(f"{last} is not the state of a run: use {anew}") from None
-  default = vars(arguments(["--dataset", fixed["dataset"]]))  # of a flag that is younger than the run
+  default = vars(arguments(["--dataset", "cifar10"]))  # of a flag that is younger than the run: as in the paper
   for k, v in fixed.items():
     if (was := before.get(k, default.get(k))) != v:
       raise ValueError(f"{last.parent} was trained with {k} = {was}, not {v}: use the same, another --out, or {anew}")
@@ -369,7 +370,7 @@ def make_show(out:Path, state:State, ddpm:DDPM, a:argparse.Namespace) -> Callabl
   config, jits = state.model.config, {}  # type: tuple[dict, dict]
   size, null, device = config["image_size"], config["num_classes"], state.devices[0]
   x_T = sample.draw_x_T(36, (config["in_channels"], size, size), a.seed).to(device).realize()
-  y = Tensor(np.full(36, null, np.int32), device=device).realize() if null else None
+  y = Tensor(np.arange(36, dtype=np.int32) % null, device=device).realize() if null else None  # each class in turn
   def model(x:Tensor, t:Tensor) -> Tensor: return state.average(x, t, y)
   def show(step:int):
     for _, _, x0_hat in sample.SAMPLERS["ddim"](ddpm, model, x_T, min(50, a.T), a.seed, jits=jits): x0 = x0_hat
@@ -438,24 +439,26 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--dtype", choices=DTYPES, default="float32",
       help="of activations and the operands of products; weights, average, Adam and the diffusion stay in float32")
   add("--tf32", action="store_true", default=False, help="NVIDIA: products of float32 in TF32, on tensor cores")
-  add("--anneal", type=number(int, 0, 10**9), default=0,
-      help="steps over which the learning rate falls to 0 in a straight line; 0: it does not")
+  add("--anneal", type=number(int, 0, 10**9),
+      help="steps over which the learning rate falls to 0 in a straight line; 0: it does not (glyphs, mnist: the "
+           "preset's steps, or --steps if more)")
   add("--times", choices=("uniform", "weighted"), default="uniform",
       help="how t is drawn: evenly, or as its weight in L_vlb: L_vlb is then less noisy, and L_simple weights the "
            "times as L_vlb does")
-  add("--min-snr", type=number(float, 0, 1e30), metavar="GAMMA", default=0,
+  add("--min-snr", type=number(float, 0, 1e30), metavar="GAMMA",
       help="weight the error of ε by min(SNR, GAMMA)/SNR, SNR = ᾱ_t/(1-ᾱ_t): more for the shape of samples, less for "
            "their finest detail; 0: no")
   add("--dequantize", action="store_true", default=False,
       help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode)")
   add("--clip-x0", action="store_true", default=False,
       help="count no error where clipping x̂_0 to [-1, 1] mends it, for densities")
-  add("--class-conditional", action="store_true", default=False, help="train with labels")
+  add("--class-conditional", action=argparse.BooleanOptionalAction, help="train with labels")
   add("--drop-labels", type=number(float, 0, 1), default=0.1,
       help="how often such a model is shown no label (its null class)")
 
   given = vars(p.parse_args(argv))
   a = argparse.Namespace(**PRESETS.get(given["dataset"], PRESETS["folder"]) | given)
+  if a.anneal and "anneal" not in given: a.anneal = max(a.anneal, a.steps)
   if not a.channel_mult: p.error("--channel-mult needs one level or more, such as 1,2,2")
   if a.batch % (a.accum*a.gpus):
     p.error(f"--batch {a.batch} must be a multiple of --accum {a.accum} times --gpus {a.gpus}")
