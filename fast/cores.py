@@ -13,18 +13,27 @@ from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.autogen import libc
 from tinygrad.uop.ops import Ops, UOp
 
+# Each core has the same rounds of every kernel, whose images its cache knows; who is done takes over those of others.
+# A kernel is done when its rounds are, whoever was there: who came late is not waited for. Who waits for longer than
+# some microseconds sleeps: spinning, it would keep a core from the thread that it waits for.
 TEAM = """
 typedef unsigned long long word;
-void run(word *command, word n, word me, word team, word *arrived, void (*give_way)(void)) {
-  for (word i = 1; i <= n; i++, command += 35) {
-    word a[32];
+void run(word *command, word n, word me, word team, word *state, void (*sleep)(unsigned)) {
+  word *done = state + 1, *taken = done + n;
+  for (word i = 0; i < n; i++, command += 35, taken += team) {
+    word a[32], task, mine = 0;
     for (int k = 0; k < 32; k++) a[k] = command[3+k];
     void (*kernel)(%s) = (void*)command[0];
-    for (word task = me; task < command[1]; task += team) { a[command[2]] = task; kernel(%s); }
-    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
-    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i*team; spins++) {
-      if (__atomic_load_n(arrived+1, __ATOMIC_RELAXED)) return;
-      if (spins > 1000) give_way();
+    for (word k = 0, whose = me; k < team; k++, whose = (whose+1) %% team)
+      while ((task = whose + team*__atomic_fetch_add(taken+whose, 1, __ATOMIC_RELAXED)) < command[1]) {
+        a[command[2]] = task;
+        kernel(%s);
+        mine++;
+      }
+    if (mine) __atomic_fetch_add(done+i, mine, __ATOMIC_ACQ_REL);
+    for (word spins = 0; __atomic_load_n(done+i, __ATOMIC_ACQUIRE) < command[1]; spins++) {
+      if (__atomic_load_n(state, __ATOMIC_RELAXED)) return;
+      if (spins > 3000) sleep(1);
     }
   }
 }""" % (", ".join(["word"]*32), ", ".join(f"a[{k}]" for k in range(32)))  # noqa: UP031
@@ -53,8 +62,8 @@ def team() -> tuple:
 class Team(GraphRunner):
   """The kernels that a TinyJit has captured, as one call in which the cores share the rounds of each one's outer loop.
 
-  tinygrad's own CPU device runs those rounds one after another on one core. Between kernels the cores wait for each
-  other. One kernel is a row of `commands`: address, rounds, which argument is the round, then its arguments."""
+  tinygrad's own CPU device runs those rounds one after another on one core. Between kernels the cores wait for all
+  rounds. One kernel is a row of `commands`: address, rounds, which argument is the round, then its arguments."""
   @staticmethod
   def supports_uop(devices:list, call:UOp) -> bool:
     args = get_call_arg_uops(call)
@@ -73,18 +82,20 @@ class Team(GraphRunner):
       self.inputs += [(command, 3+info.globals.index(i), slot) for i, slot in replace if i in info.globals]
 
   def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False) -> float:
-    start, (program, pool), arrived = time.perf_counter(), team(), np.zeros(2, np.uint64)
+    start, (program, pool) = time.perf_counter(), team()
+    # whether to stop; how many rounds of each kernel are done; how many of each core's are taken
+    state = np.zeros(1 + len(self.commands)*(1 + cores()), np.uint64)
     for command, i, slot in self.inputs: command[i] = input_uops[slot].buffer._buf.va_addr
-    give_way = ctypes.cast(libc.dll.sched_yield, ctypes.c_void_p).value
+    sleep = ctypes.cast(libc.dll.usleep, ctypes.c_void_p).value
     def work(me:int):
       program.fxn(*map(ctypes.c_uint64, (self.commands.ctypes.data, len(self.commands), me, cores(),
-                                         arrived.ctypes.data, give_way)))
+                                         state.ctypes.data, sleep)))
     try:
       others = [pool.submit(work, me) for me in range(1, cores())]
       work(0)
       for other in others: other.result()
     except BaseException:  # Ctrl-C: let nobody wait for one who does not come
-      arrived[1] = 1
+      state[0] = 1
       raise
     return time.perf_counter() - start
 

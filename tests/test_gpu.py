@@ -121,7 +121,7 @@ def test_loss_and_gradients_in_lower_precision(dtype):
 @pytest.mark.skipif(not importlib.util.find_spec("nvidia"), reason="needs the wheels of requirements-gpu.txt")
 def test_a_step_is_compiled_for_a_card_that_is_not_here(tmp_path):
   """bench.py --target: what it prints of the glyphs preset, against what can be known beforehand."""
-  flags = "--preset glyphs --batch 16 --dtype bfloat16 --target CUDA:sm_90 --json".split()
+  flags = "--preset glyphs --batch 16 --dtype bfloat16 --target CUDA:sm_90 --gpus 2 --json".split()
   r = subprocess.run([sys.executable, "bench.py", *flags], cwd=ROOT, capture_output=True, text=True,
                      env=os.environ | {"CACHEDB": str(tmp_path/"cache.db")})
   assert r.returncode == 0, r.stderr[-2000:]
