@@ -100,13 +100,24 @@ def test_captured_kernels_are_shared_among_cores(members, monkeypatch):
     monkeypatch.undo()
     cores.team.cache_clear()
 
+def alone(rounds:int, taken:int, stop:int) -> tuple[list[int], list[int]]:
+  """A kernel of so many rounds given to the first of two cores, the other never comes: the rounds it ran, its state."""
+  ran:list[int] = []
+  kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_uint64]*32)(lambda *args: ran.append(args[31]))
+  command, state = np.zeros((1, 35), np.uint64), np.array([stop, 0, taken, taken], np.uint64)
+  command[0, :3] = ctypes.cast(kernel, ctypes.c_void_p).value, rounds, 31
+  sleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value
+  cores.team()[0].fxn(*map(ctypes.c_uint64, (command.ctypes.data, 1, 0, 2, state.ctypes.data, sleep)))
+  return ran, state.tolist()
+
+@shared_cores
+def test_a_core_that_is_taken_away_is_not_waited_for():
+  ran, state = alone(rounds=5, taken=0, stop=0)
+  assert ran == [0, 2, 4, 1, 3] and state[1] == 5
+
 @shared_cores
 def test_a_core_does_not_wait_for_one_that_was_interrupted():
-  program, _ = cores.team()
-  command, arrived = np.zeros((1, 35), np.uint64), np.array([0, 1], np.uint64)  # no rounds; somebody has left
-  give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
-  program.fxn(*map(ctypes.c_uint64, (command.ctypes.data, 1, 0, 2, arrived.ctypes.data, give_way)))
-  assert arrived[0] == 1
+  assert alone(rounds=5, taken=3, stop=1) == ([], [1, 0, 4, 4])  # the other had taken all rounds and done none
 
 @pytest.mark.parametrize("text,n", [
   ("max 100000", 16), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1)])
