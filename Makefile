@@ -27,7 +27,7 @@ lint: .venv/pytest
 # Table 2 of the paper on a small budget: what is predicted, with which variance and loss (see README.md)
 table2: setup
 	@for row in "mu vlb beta" "mu vlb beta_tilde" "mu simple beta" "eps vlb beta" "eps vlb beta_tilde" "eps simple beta"; do set -- $$row; \
-	  $(PY) train.py --dataset $(DATASET) --no-class-conditional --predict $$1 --loss $$2 --sigma $$3 --out runs/table2/$(DATASET)-$$1-$$2-$$3 $(ARGS) && \
+	  $(PY) train.py --dataset $(DATASET) --no-class-conditional --min-snr 0 --predict $$1 --loss $$2 --sigma $$3 --out runs/table2/$(DATASET)-$$1-$$2-$$3 $(ARGS) && \
 	  $(PY) evaluate.py --checkpoint runs/table2/$(DATASET)-$$1-$$2-$$3/ema.safetensors --n 500 --json runs/table2/$(DATASET)-$$1-$$2-$$3/bound.json || exit 1; done
 	@for f in runs/table2/$(DATASET)-*/bound.json; do echo "$$(basename $$(dirname $$f)): $$($(PY) -c 'import json, sys; b = json.load(open(sys.argv[1])); print("%.3f +- %.3f bits/dim" % (b["bits_per_dim"], b["standard_error"]))' $$f)"; done
 

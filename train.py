@@ -22,17 +22,17 @@ from unet import DTYPES, UNet
 
 # What differs by dataset; --help says what each is. cifar10 is the paper's Appendix B (warmup and groups the authors'
 # code's). The others are sized for some minutes on two CPU cores, by the trials of BENCHMARKS.md: little of the work at
-# the full resolution, labels, and a learning rate that is high and falls to 0.
+# the full resolution, labels, less weight for the finest detail, and a learning rate that is high and falls to 0.
 PRESETS:dict[str, dict] = {
   "cifar10": dict(steps=800_000, batch=128, lr=2e-4, ema=0.9999, channels=128, channel_mult=(1, 2, 2, 2),
                   num_res_blocks=2, attn=(16,), dropout=0.1, norm_groups=32,
                   warmup=5000, save_every=1000, sample_every=5000, flip=True,
                   anneal=0, min_snr=0, class_conditional=False)}
 PRESETS["mnist"] = PRESETS["cifar10"] | dict(
-  steps=4600, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attn=(7,),
+  steps=4000, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attn=(7,),
   dropout=0., norm_groups=8, warmup=200, save_every=500, sample_every=1000, flip=False,
-  anneal=4600, class_conditional=True)
-PRESETS["glyphs"] = PRESETS["mnist"] | dict(steps=2000, channel_mult=(1, 4), attn=(8,), anneal=2000)
+  anneal=4000, min_snr=5, class_conditional=True)
+PRESETS["glyphs"] = PRESETS["mnist"] | dict(steps=1500, channel_mult=(1, 4), attn=(8,), anneal=1500, sample_every=500)
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 PRESETS["folder"] = PRESETS["cifar10"] | dict(steps=100_000, batch=32, channels=64, warmup=1000)
 
@@ -447,7 +447,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
            "times as L_vlb does")
   add("--min-snr", type=number(float, 0, 1e30), metavar="GAMMA",
       help="weight the error of ε by min(SNR, GAMMA)/SNR, SNR = ᾱ_t/(1-ᾱ_t): more for the shape of samples, less for "
-           "their finest detail; 0: no")
+           "their finest detail; 0: no (glyphs, mnist: 5)")
   add("--dequantize", action="store_true", default=False,
       help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode)")
   add("--clip-x0", action="store_true", default=False,
@@ -459,6 +459,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   given = vars(p.parse_args(argv))
   a = argparse.Namespace(**PRESETS.get(given["dataset"], PRESETS["folder"]) | given)
   if a.anneal and "anneal" not in given: a.anneal = max(a.anneal, a.steps)
+  if "min_snr" not in given and (a.predict, a.loss, a.times) != ("eps", "simple", "uniform"): a.min_snr = 0
   if not a.channel_mult: p.error("--channel-mult needs one level or more, such as 1,2,2")
   if a.batch % (a.accum*a.gpus):
     p.error(f"--batch {a.batch} must be a multiple of --accum {a.accum} times --gpus {a.gpus}")

@@ -13,7 +13,7 @@ from files import checkpoint
 from files.weights import read_tensors, write_tensors
 
 SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "",
-         "--norm-groups", "4", "--sample-every", "0", "--T", "50", "--no-class-conditional"]
+         "--norm-groups", "4", "--sample-every", "0", "--T", "50", "--no-class-conditional", "--min-snr", "0"]
 
 def at_times(*t): return Tensor(np.array(t, np.int32))
 
