@@ -273,7 +273,7 @@ def settings(a:argparse.Namespace, config:dict, images:np.ndarray) -> dict:
 def begin(state:State, a:argparse.Namespace, out:Path, fixed:dict) -> tuple[int, float]:
   """Takes over the state of the run in the folder or, if there is none, the weights of --init, if given: (steps behind
   it, smoothed loss). ValueError if that run had other settings, or --init is another network's."""
-  if (out/"last.safetensors").exists() and not a.restart: return resume(state, out/"last.safetensors", fixed)
+  if (out/"last.safetensors").exists() and not a.restart: return resume(state, a, out/"last.safetensors", fixed)
   if a.init:
     path = checkpoint.find(a.init)
     given = {k: v.numpy() for k, v in nn.state.get_state_dict(checkpoint.load(path)[0]).items()}
@@ -282,16 +282,22 @@ def begin(state:State, a:argparse.Namespace, out:Path, fixed:dict) -> tuple[int,
     state.start(given)
   return 0, 0.
 
-def resume(state:State, last:Path, fixed:dict) -> tuple[int, float]:
-  """Takes over what `save` left in `last`. ValueError unless it is the state of a run with the same settings."""
+def resume(state:State, a:argparse.Namespace, last:Path, fixed:dict) -> tuple[int, float]:
+  """Takes over what `save` left in `last`. ValueError unless it is the state of a run with the same settings.
+
+  The steps after which its learning rate is 0 it knows itself, unless --anneal says otherwise."""
   anew = "--restart to begin anew"
   tensors, metadata = read_tensors(last)
   try:
     meta = json.loads(metadata["ddpm"])
     step, smooth, before = int(meta["step"]), float(meta["smooth"]), dict(meta["train"])
+    if not a.anneal_is_asked: a.anneal = fixed["anneal"] = int(before.get("anneal", 0))
   except (KeyError, ValueError, TypeError, RecursionError):
     raise ValueError(f"{last} is not the state of a run: use {anew}") from None
   default = vars(arguments(["--dataset", "cifar10"]))  # of a flag that is younger than the run: as in the paper
+  if a.steps > a.anneal > 0 and not a.anneal_is_asked:
+    raise ValueError(f"{last.parent} was begun with a learning rate that is 0 from step {a.anneal} on, and more steps "
+                     f"would change nothing: begin a longer run with another --out, --init {last.parent}, or {anew}")
   for k, v in fixed.items():
     if (was := before.get(k, default.get(k))) != v:
       raise ValueError(f"{last.parent} was trained with {k} = {was}, not {v}: use the same, another --out, or {anew}")
@@ -458,7 +464,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
 
   given = vars(p.parse_args(argv))
   a = argparse.Namespace(**PRESETS.get(given["dataset"], PRESETS["folder"]) | given)
-  if a.anneal and "anneal" not in given: a.anneal = max(a.anneal, a.steps)
+  a.anneal_is_asked = "anneal" in given
+  if a.anneal and not a.anneal_is_asked: a.anneal = max(a.anneal, a.steps)
   if "min_snr" not in given and (a.predict, a.loss, a.times) != ("eps", "simple", "uniform"): a.min_snr = 0
   if not a.channel_mult: p.error("--channel-mult needs one level or more, such as 1,2,2")
   if a.batch % (a.accum*a.gpus):

@@ -184,13 +184,26 @@ def test_dequantized_images_and_dropped_labels():
   assert (draw("--drop-labels", "0")[3] == 0).all() and (draw("--drop-labels", "1")[3] == 9).all()
 
 def test_warm_up_and_average():
-  a = train.arguments(["--warmup", "10", "--lr", "0.1", "--ema", "0.99"])
+  a = train.arguments(["--warmup", "10", "--lr", "0.1", "--ema", "0.99", "--anneal", "0"])
   assert (train.hyper(a, 1)[0] == pytest.approx(0.01)
           and train.hyper(a, 10)[0] == train.hyper(a, 99)[0] == pytest.approx(0.1))
   assert train.hyper(a, 1)[3] == pytest.approx(2/11) and train.hyper(a, 10**6)[3] == 0.99
   a = train.arguments(["--warmup", "10", "--lr", "0.1", "--anneal", "100"])
   assert [train.hyper(a, n)[0] for n in (1, 51, 100, 101, 500)] == pytest.approx([0.01, 0.05, 0.001, 0, 0])
   assert train.arguments(["--dataset", "cifar10"]).lr == 2e-4 and train.arguments(["--dataset", "cifar10"]).flip
+
+def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_run(tmp_path):
+  rate = lambda n, *flags: train.hyper(train.arguments(list(flags)), n)[0]
+  for dataset in ("mnist", "glyphs", "fashion_mnist"):
+    steps, lr = [train.PRESETS[dataset][k] for k in ("steps", "lr")]
+    short, long = ("--dataset", dataset, "--steps", "10"), ("--dataset", dataset, "--steps", str(2*steps))
+    assert rate(steps//2 + 1, *short) == rate(steps + 1, *long) == pytest.approx(lr/2) and rate(steps + 1, *short) == 0
+    assert rate(steps + 1, *short, "--anneal", "0") == lr
+  assert rate(10**6, "--dataset", "cifar10") == 2e-4
+  # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
+  run(tmp_path, "--steps", 2, "--batch", 1)
+  run(tmp_path, "--steps", 3, "--batch", 1)
+  with pytest.raises(ValueError, match="0 from step 1500 on.*--init"): run(tmp_path, "--steps", 1501, "--batch", 1)
 
 def test_every_t_is_trained_and_the_draws_are_independent():
   a = train.arguments([*SMALL, "--batch", "64", "--T", "20"])
@@ -311,9 +324,9 @@ def test_a_run_that_is_told_to_end_while_it_compiles(tmp_path, start):
   assert p.returncode == 143 and saved_step(out) == len(losses(out)), says
 
 def test_a_run_of_an_older_program_goes_on(tmp_path):
-  """It knew no flag that came later; such a flag had what is the default now."""
-  run(tmp_path/"a", "--steps", 4)
-  run(tmp_path/"b", "--steps", 2)
+  """It knew no flag that came later; such a flag was off."""
+  run(tmp_path/"a", "--steps", 4, "--anneal", 0)
+  run(tmp_path/"b", "--steps", 2, "--anneal", 0)
   tensors, metadata = read_tensors(tmp_path/"b"/"last.safetensors")
   meta = json.loads(metadata["ddpm"])
   for young in ("times", "min_snr", "dequantize", "clip_x0", "drop_labels", "init", "anneal"): del meta["train"][young]
