@@ -14,7 +14,7 @@ from tinygrad import Device, GlobalCounters, Tensor, helpers
 from tinygrad.uop.ops import Ops, UOp
 import train, unet
 from ddpm import DDPM
-from files.device import captured, open_device
+from files.device import captured, open_device, placed
 from files.terminal import number, run
 
 # The networks of train.py's presets, and the published one for images of 256x256: flags, channels and size of images.
@@ -45,9 +45,9 @@ def sampling_step(state:train.State, ddpm:DDPM, a:argparse.Namespace, shape:Shap
   model = unet.lower(state.average, unet.DTYPES[a.dtype])
   def step(x:Tensor, t:Tensor, z:Tensor) -> Tensor: return ddpm.p_sample(model, x, t, z).realize()
   jit, rng = captured(step), np.random.default_rng(0)
-  def on_first(v:np.ndarray) -> Tensor: return Tensor(v, device=state.devices[0]).realize()
-  x, t = on_first(rng.standard_normal(shape, np.float32)), on_first(np.full(shape[0], ddpm.T, np.int32))
-  return jit, lambda: jit(x, t, on_first(rng.standard_normal(shape, np.float32)))
+  def noise() -> Tensor: return placed(rng.standard_normal(shape, np.float32), state.devices[0])
+  x, t = noise(), placed(np.full(shape[0], ddpm.T, np.int32), state.devices[0])
+  return jit, lambda: jit(x, t, noise())
 
 def forward_flops(model:unet.UNet, batch:int) -> int:
   """Multiplications and additions of all products of one forward pass, counted from their shapes alone."""

@@ -25,7 +25,7 @@ from tinygrad import Tensor
 import data
 from ddpm import DDPM, Model, Time, column
 from files import checkpoint, pictures
-from files.device import captured, open_device
+from files.device import captured, open_device, placed
 from files.streams import stream
 from files.terminal import number, progress, run
 from unet import DTYPES, UNet, lower
@@ -92,7 +92,8 @@ def begin(ddpm:DDPM, x_T:Tensor|np.ndarray, steps:Steps, seed:int=0, first:int|S
   rngs = [stream(seed, "z", i) for i in index]
   def tensor(a:Tensor|np.ndarray|int) -> Tensor:
     if isinstance(a, Tensor): return a
-    return Tensor(a if isinstance(a, np.ndarray) else np.full(n, a, np.int32)).shard_like(x_T).realize()
+    values = a if isinstance(a, np.ndarray) else np.full(n, a, np.int32)
+    return placed(values, x_T.device) if isinstance(x_T.device, str) else Tensor(values).shard_like(x_T).realize()
   def on_device(step:Callable) -> Callable:
     jit = captured(step, jits, x_T.shape, x_T.device)
     def call(*args:Tensor|np.ndarray|int) -> list[Tensor]:

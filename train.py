@@ -14,7 +14,7 @@ import data, sample
 from ddpm import DDPM
 from files import checkpoint, pictures
 from files.atomic import atomic, claim
-from files.device import captured, inside, open_device
+from files.device import captured, inside, open_device, placed
 from files.streams import stream
 from files.terminal import clock, number, run, stoppable
 from files.weights import read_tensors, write_tensors
@@ -195,7 +195,7 @@ class State:
     self.flat |= {key: self.lay(self.pack(parts)).realize() for key, parts in named.items()}
     if self.dtype != dtypes.float32: self.flat["low"] = self.flat["raw"].cast(self.dtype).contiguous().realize()
     self.parts = {key: [[inside(flat, device, i, shape) for i, shape in zip(self.starts, self.shapes.values())]
-                        for device in self.devices] for key, flat in self.flat.items()}
+                        for device in self.devices] for key, flat in self.flat.items() if key not in "mv"}
     # scales, shifts and biases are not rounded to dtype
     weights = [[w if w.ndim == 1 else l for w, l in zip(*both, strict=True)]
                for both in zip(self.parts["raw"], self.parts.get("low", self.parts["raw"]))]
@@ -218,14 +218,14 @@ class State:
 
   def lay(self, array:np.ndarray, axis:int|None=None) -> Tensor:
     """On the device or whole on all devices or, cut along `axis`, a part on each."""
-    t = Tensor(array, device=self.devices[0])
+    t = placed(array, self.devices[0])
     return t if len(self.devices) == 1 else t.shard(self.devices, axis)
 
   def given(self, h:np.ndarray, *arrays:np.ndarray) -> list[Tensor]:
     """What a captured step takes: h, then for each device in turn its share of the images of each array."""
     shares = zip(*(np.split(v, len(self.devices)) for v in arrays), strict=True)
-    placed = (Tensor(v, device=d).realize() for d, share in zip(self.devices, shares, strict=True) for v in share)
-    return [self.lay(h).realize(), *placed]
+    on_each = (placed(v, d) for d, share in zip(self.devices, shares, strict=True) for v in share)
+    return [self.lay(h).realize(), *on_each]
 
   def fetch(self, t:Tensor) -> np.ndarray: return t.to(self.devices[0]).numpy()
 

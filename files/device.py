@@ -2,6 +2,7 @@
 from __future__ import annotations
 import ctypes, functools, math, os, shutil, signal, sys
 from collections.abc import Callable
+import numpy as np
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.device import Allocator, Buffer
 from tinygrad.engine import worker
@@ -88,6 +89,14 @@ def captured(step:Callable, kept:dict|None=None, *key) -> Callable:
   call.jit = jit  # type: ignore[attr-defined]  # for who counts its kernels
   kept[full] = call
   return call
+
+def placed(array:np.ndarray, device:str) -> Tensor:
+  """The array on the device. `Tensor(array).realize()` plans a copy and looks through all tensors that there are, which
+  takes milliseconds where a step may take ten."""
+  source = Tensor(np.ascontiguousarray(array), device="NPY").uop.base.buffer
+  assert isinstance(source, Buffer)
+  made = Buffer(device, source.size, source.dtype).allocate().copy_from(source)
+  return Tensor(UOp.from_buffer(made, device)).reshape(array.shape)
 
 def inside(flat:Tensor, device:str, start:int, shape:tuple[int, ...]) -> Tensor:
   """The part of a flat tensor that begins at `start` on this device, with a buffer of its own that lies within flat's.
