@@ -5,8 +5,8 @@ with --target, what both would be on a card that is not: compiled whole, counted
   python bench.py --preset cifar10 --batch 128 --dtype bfloat16 --target CUDA:sm_90 --json
 """
 from __future__ import annotations
-import argparse, concurrent.futures, dataclasses, importlib.util, json, os, re, statistics, subprocess, sys, tempfile
-import time
+import argparse, concurrent.futures, contextlib, dataclasses, importlib.util, io, json, os, re, statistics, subprocess
+import sys, tempfile, time
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -74,6 +74,56 @@ def kernels(step:Callable, op:Ops=Ops.PROGRAM) -> list[UOp]:
            for c in (call.src[0].src[0].src if call.src[0].op is Ops.CUSTOM_FUNCTION else [call])]
   return [c.src[0] for c in calls if c.src[0].op is op]
 
+# *** each kernel by itself ***
+
+LINE = re.compile(r"^\*\*\* \S+ +(\d+) (.+?) +arg +\d+ mem .* tm +([\d.]+)(us|ms|s )/.*"
+                  r"\( *(\d+) ([GT])FLOPS +(\d+)\|\d+ +([GT])B/s\)$", re.M)
+
+def logged(log:str) -> list[list[tuple]]:
+  """From the lines that tinygrad prints with DEBUG=2: of each step its kernels (name, seconds, GFLOP, GB)."""
+  steps:list[list[tuple]] = []
+  last = 0
+  for n, name, took, unit, flops, of_flops, rate, of_bytes in LINE.findall(re.sub(r"\x1b\[\d*m", "", log)):
+    if not steps or int(n) <= last: steps.append([])  # numbers begin anew with each step
+    s, giga, last = float(took) * {"us": 1e-6, "ms": 1e-3, "s ": 1}[unit], {"G": 1, "T": 1000}, int(n)
+    steps[-1].append((name, s, s*float(flops)*giga[of_flops], s*float(rate)*giga[of_bytes]))
+  return steps
+
+def by_name(step:list[tuple]) -> list[tuple[str, np.ndarray]]:
+  """(name, its number, seconds, GFLOP and GB in all) of a step's kernels, the slowest first."""
+  sums:dict[str, np.ndarray] = {}
+  for name, *numbers in step: sums[name] = np.add(sums.get(name, 0), [1, *numbers])
+  return sorted(sums.items(), key=lambda named: -named[1][1])
+
+PRODUCT = """if True:
+  import time, numpy as np
+  rates = []
+  for n in [256, 512, 1024] * 5:
+    a, b = np.ones((2, n, n), np.float32)
+    start = time.perf_counter()
+    a @ b
+    rates.append(2*n**3 / (time.perf_counter() - start))
+  print(max(rates) / 1e9)"""
+
+def slowest(once:Callable, most:int) -> str:
+  """A table of a step's slowest kernels, each waited for; on a CPU on one core, beside what numpy's product of two
+  matrices reaches on one."""
+  with helpers.Context(JIT=2, DEBUG=2), contextlib.redirect_stdout(io.StringIO()) as log:
+    for _ in range(3):
+      GlobalCounters.reset()
+      once()
+  step, peak = max(reversed(logged(log.getvalue())), key=len), 0.
+  if Device.DEFAULT.startswith("CPU"):
+    one = {f"{name}_THREADS": "1" for name in ("OPENBLAS_NUM", "MKL_NUM", "OMP_NUM", "VECLIB_MAXIMUM")}
+    said = subprocess.run([sys.executable, "-c", PRODUCT], env=os.environ | one, capture_output=True, check=True)
+    peak = float(said.stdout)
+  whole = sum(k[1] for k in step)
+  lines = [f"{k[:40]:40s} {n:5.0f} {s*1e3:9.2f} {s/whole:7.1%} {f/s:8.0f}" + (f" {f/s/peak:7.1%}" if peak else "")
+           for k, (n, s, f, _) in by_name(step)[:most]]
+  return "\n".join([f"a training step's {len(step)} kernels, each by itself: {whole*1e3:.1f} ms" +
+                    (f"; a product of matrices by numpy: {peak:.0f} GFLOP/s" if peak else ""),
+                    f"{'':40s} times        ms   share  GFLOP/s" + ("  of that" if peak else ""), *lines])
+
 # *** on the device that is here ***
 
 def measure(step:Callable, once:Callable, repeats:int, desc:str) -> dict:
@@ -122,6 +172,7 @@ def here(b:argparse.Namespace, a:argparse.Namespace, config:dict, shape:Shape):
         f"{result['sample_images_per_s']:.1f} images/s   {result['sample_gflops']:.1f} GFLOP/s   "
         f"{sampling['kernels']} kernels\n"
         f"device memory    {result['peak_memory_bytes']/2**20:8.1f} MiB")
+  if b.kernels: print(slowest(training_step(state, ddpm, a, shape)[1], b.kernels))
   if b.json: print(json.dumps(result))
 
 # *** on a card that is not here ***
@@ -212,6 +263,8 @@ def main(argv:list[str]|None=None):
   p.add_argument("--dtype", choices=unet.DTYPES, default="float32", help="of activations and products (float32)")
   p.add_argument("--tf32", action="store_true", help="NVIDIA: products of float32 in TF32, on tensor cores")
   p.add_argument("--repeats", type=number(int, 1, 2**20), default=10, help="steps measured; the median counts (10)")
+  p.add_argument("--kernels", type=number(int, 0, 10**6), default=0,
+                 help="also so many of the slowest kernels, and what share each has of a plain product's rate (0)")
   p.add_argument("--gpus", type=number(int, 1, 64), default=1, help="with --target: cards that share a batch (1)")
   p.add_argument("--target", help="a card that need not be here, like CUDA:sm_90: compile and count, execute nothing")
   p.add_argument("--json", action="store_true", help="end with one line of JSON")

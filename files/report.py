@@ -8,7 +8,7 @@ import argparse, contextlib, dataclasses, json, os, platform, re, shutil, signal
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-import numpy as np
+from bench import by_name, logged
 from files.atomic import atomic
 from files.terminal import number, run
 
@@ -113,24 +113,14 @@ def slowest(r:Report) -> str:
              JIT="2", DEBUG="2", NO_COLOR="1", BEAM="0")
   return f"A training step of {preset}, batch {batch}, {dtype}, each kernel waited for: {kernels(log)}" if log else ""
 
-LINE = re.compile(r"^\*\*\* \S+ +(\d+) (.+?) +arg +\d+ mem .* tm +([\d.]+)(us|ms|s )/.*"
-                  r"\( *(\d+) ([GT])FLOPS +(\d+)\|\d+ +([GT])B/s\)$", re.M)
-
 def kernels(log:str, most:int=10) -> str:
   """The slowest kernels of the last training step, by name, from the lines that tinygrad prints with DEBUG=2."""
-  steps:list[list[tuple]] = []
-  for n, name, time_of_it, unit, flops, of_flops, rate, of_bytes in LINE.findall(log):
-    if not steps or int(n) <= steps[-1][-1][0]: steps.append([])  # numbers begin anew with each step
-    s, giga = float(time_of_it) * {"us": 1e-6, "ms": 1e-3, "s ": 1}[unit], {"G": 1, "T": 1000}
-    steps[-1].append((int(n), name, s, s*float(flops)*giga[of_flops], s*float(rate)*giga[of_bytes]))
-  step = max(reversed(steps), key=len)  # sampling, which comes after it, has fewer kernels
-  sums:dict[str, np.ndarray] = {}
-  for _, name, *numbers in step: sums[name] = np.add(sums.get(name, 0), [1, *numbers])
-  whole = sum(k[2] for k in step)
-  slow = sorted(sums.items(), key=lambda named: -named[1][1])[:most]
+  step = max(reversed(logged(log)), key=len)  # sampling, which comes after it, has fewer kernels
+  slow, whole = by_name(step), sum(k[1] for k in step)
   return f"{len(step)} kernels, {whole*1e3:.1f} ms.\n\n" + table(
     ["kernel", "times", "ms, all of them", "share", "GFLOP/s", "GB/s"],
-    ([f"`{k}`", int(n), f"{s*1e3:.3f}", f"{s/whole:.1%}", f"{f/s:.0f}", f"{b/s:.0f}"] for k, (n, s, f, b) in slow))
+    ([f"`{k}`", int(n), f"{s*1e3:.3f}", f"{s/whole:.1%}", f"{f/s:.0f}", f"{b/s:.0f}"]
+     for k, (n, s, f, b) in slow[:most]))
 
 def samples(r:Report) -> str:
   n, steps = (4, 10) if r.small else (256, 1000)

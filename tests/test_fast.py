@@ -1,8 +1,8 @@
 """What fast/ does to tinygrad: all cores, the quick start, and that none of it is needed or happens by an import."""
-import ctypes, os, shutil, subprocess, sys
+import ctypes, os, re, shutil, subprocess, sys
 import numpy as np
 import pytest
-import unet
+import bench, unet
 from common import ROOT, arr, close
 from fast import cores, cpu, setup
 from test_unet import conv_by_hand, softmax
@@ -118,6 +118,17 @@ def test_a_core_that_is_taken_away_is_not_waited_for():
 @shared_cores
 def test_a_core_does_not_wait_for_one_that_was_interrupted():
   assert alone(rounds=5, taken=3, stop=1) == ([], [1, 0, 4, 4])  # the other had taken all rounds and done none
+
+@shared_cores
+def test_a_kernel_beside_a_plain_product_of_matrices():
+  x, w = [Tensor(a).realize() for a in (arr(8, 16, 16, 32), arr(3, 3, 32, 32, seed=1))]
+  first, _, *lines = bench.slowest(lambda: unet.convolve(x, w).realize(), 9).splitlines()
+  peak = float(re.search(r"numpy: (\d+) GFLOP/s", first)[1])
+  conv = next(line.split() for line in lines if "conv3_16x16_32_32" in line)
+  rate, of_that = float(conv[-2]), float(conv[-1].rstrip("%"))
+  # y has 8 · 16 · 16 · 32 numbers, each a sum of 288 products
+  assert peak > 1 and rate == pytest.approx(2*288*8*16*16*32 / float(conv[2]) / 1e6, rel=0.2)
+  assert of_that == pytest.approx(100*rate/peak, rel=0.05)
 
 @pytest.mark.parametrize("text,n", [
   ("max 100000", 16), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1)])
