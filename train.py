@@ -373,8 +373,9 @@ def make_show(out:Path, state:State, ddpm:DDPM, a:argparse.Namespace) -> Callabl
   """show(step) draws images with the averaged weights, the same latents each time, so that pictures compare.
 
   DDIM with 50 steps (not in the paper) takes a 20th of Algorithm 2's time."""
-  config, jits = state.model.config, {}  # type: tuple[dict, dict]
-  size, null, device = config["image_size"], config["num_classes"], state.devices[0]
+  config, device = state.model.config, state.devices[0]
+  size, null = config["image_size"], config["num_classes"]
+  jits:dict = {}
   x_T = sample.draw_x_T(36, (config["in_channels"], size, size), a.seed).to(device).realize()
   y = Tensor(np.arange(36, dtype=np.int32) % null, device=device).realize() if null else None  # each class in turn
   def model(x:Tensor, t:Tensor) -> Tensor: return state.average(x, t, y)
