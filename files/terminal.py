@@ -51,12 +51,24 @@ def stoppable() -> Iterator[list[int]]:
   finally:
     for s, handler in before.items(): signal.signal(s, handler)
 
+def insist(signum:int, frame:object):
+  """Ctrl-C ends a program, and again after three seconds if it still runs: Python drops what is raised inside a
+  `__del__`, and each node of tinygrad's graphs has one."""
+  signal.setitimer(signal.ITIMER_REAL, 3)
+  raise KeyboardInterrupt
+
 def run(main:Callable[[], None]):
   """Runs a program's main. What goes wrong is one sentence on stderr and exit status 1; Ctrl-C is 130."""
-  program = Path(sys.argv[0]).name
+  program, before = Path(sys.argv[0]).name, {}
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a shell's background
+    before = {s: signal.signal(s, insist) for s in (signal.SIGINT, signal.SIGALRM)}
   try: main()
   except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as e:
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):  # or what a lock made of it
       print(f"\n{program}: stopped", file=sys.stderr)
       sys.exit(130)
     sys.exit(f"{program}: {' '.join(str(e).split()) or type(e).__name__}")
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for s, handler in before.items(): signal.signal(s, handler)

@@ -1,5 +1,5 @@
 """sample.py as a program: files, batches, classes, figures, and what it refuses. Its samplers are in test_ddpm.py."""
-import math, os, signal, subprocess, sys
+import math, os, signal, subprocess, sys, time
 import numpy as np
 import pytest
 from PIL import Image
@@ -191,6 +191,17 @@ def test_ctrl_c_that_a_lock_turns_into_an_error():
     finally: raise RuntimeError("release unlocked lock")
   with pytest.raises(SystemExit) as e: run(main)
   assert e.value.code == 130
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_a_del_swallows():
+  class Object:
+    def __del__(self): signal.raise_signal(signal.SIGINT)
+  def main():
+    Object()
+    time.sleep(30)
+  before = signal.getsignal(signal.SIGINT)
+  with pytest.raises(SystemExit) as e: run(main)
+  assert e.value.code == 130 and signal.getsignal(signal.SIGINT) is before
 
 @pytest.mark.parametrize("code", (
   "open_device(); pool().apply_async(time.sleep, (999,)); time.sleep(2); worker.terminate_worker_pool()",  # a busy one
