@@ -116,7 +116,7 @@ def share(linear:UOp) -> UOp:
 
 def install():
   """Captured steps and large kernels go through `Team` and `share`: nearly twice as fast on two cores, and on one by a
-  fifth, because no Python runs between two kernels.
+  quarter, because no Python runs between two kernels.
 
   A CPU device of tinygrad's that runs the rounds of a kernel in parallel would make this unnecessary."""
   if os.name != "posix" or not isinstance(Device["CPU"].renderer, ClangRenderer): return

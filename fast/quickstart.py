@@ -50,12 +50,12 @@ def with_code(key:tuple, program:UOp) -> UOp:
   compiler = Device[key[2].device].renderer.compiler
   return program.replace(src=(*program.src, UOp(Ops.BINARY, arg=compiler.compile_cached(program.src[2].arg))))
 
-toposort, number = UOp.toposort, itertools.count()
+toposort, serial = UOp.toposort, itertools.count()
 
 @recursive_property
-def buffers(u:UOp) -> int:
+def buffers_below(u:UOp) -> int:
   """The buffers below a node, one bit for each (the 4,097th has that of the first again)."""
-  if u.op in (Ops.BUFFER, Ops.PARAM): return 1 << next(number) % 4096
+  if u.op in (Ops.BUFFER, Ops.PARAM): return 1 << next(serial) % 4096
   below = 0
   for s in u.src[1:] if u.op in (Ops.CALL, Ops.FUNCTION) else u.src: below |= s.buffers_below  # type: ignore[attr-defined]
   return below
@@ -76,7 +76,7 @@ def install():
   # For each buffer that is written tinygrad asks whether anything computed before reads that buffer, and sorts all of
   # it for that: 4 of the 10 s in which the mnist preset's training step is scheduled. Nearly always the answer is
   # no, and a bit for each buffer gives it. A set kept with each node would make this unnecessary.
-  UOp.buffers_below, UOp.toposort = buffers, sorted_or_below  # type: ignore[attr-defined, method-assign, assignment]
+  UOp.buffers_below, UOp.toposort = buffers_below, sorted_or_below  # type: ignore[attr-defined, method-assign, assignment]
   # tinygrad's own holds an address, and so would make a new key each time
   CallInfo.__repr__ = lambda c: f"CallInfo({c.name!r}, {c.precompile})"
   tinygrad.schedule.schedule_cache = Kept("ddpm_schedules")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import bench, unet
 from common import ROOT, arr, close
-from fast import cores, cpu, setup
+from fast import cores, cpu, quickstart, setup
 from test_unet import conv_by_hand, softmax
 from tinygrad import Device, Tensor, TinyJit
 
@@ -137,6 +137,14 @@ def test_a_containers_share_of_the_processor(text, n, tmp_path):
   assert cores.quota(str(tmp_path/"cpu.max")) == n and cores.quota(str(tmp_path/"none")) == 16
 
 # *** the quick start ***
+
+def test_what_lies_below_a_node_is_what_sorting_finds():
+  a, b, c = [Tensor(arr(4, seed=i)).realize() for i in range(3)]
+  y = (a + 1) * (c - b.exp())
+  below, all_of_it = y.uop.toposort(enter_calls=False), list(quickstart.toposort(y.uop, enter_calls=False))
+  assert type(below) is quickstart.Below and list(below) == all_of_it and all(u in below for u in all_of_it)
+  other = Tensor(arr(4, seed=3)).realize()
+  assert other.uop.base not in below and (a + 2).uop not in below and (other + 1).uop not in below
 
 SECOND = """if True:
   import sys, numpy as np, unet

@@ -199,6 +199,9 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
     short, long = ("--dataset", dataset, "--steps", "10"), ("--dataset", dataset, "--steps", str(2*steps))
     assert rate(steps//2 + 1, *short) == rate(steps + 1, *long) == pytest.approx(lr/2) and rate(steps + 1, *short) == 0
     assert rate(steps + 1, *short, "--anneal", "0") == lr
+    # the preset's weights are for L_simple of ε with t drawn evenly, and for nothing else
+    for flags, gamma in (([], 5), (["--loss", "vlb"], 0), (["--predict", "x0"], 0), (["--times", "weighted"], 0)):
+      assert train.arguments(["--dataset", dataset, *flags]).min_snr == gamma
   assert rate(10**6, "--dataset", "cifar10") == 2e-4
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
   run(tmp_path, "--steps", 2, "--batch", 1)

@@ -98,6 +98,9 @@ def test_dropout():
   assert np.array_equal(a, b) and not np.array_equal(a, c)
   assert set(np.unique(a)) == {0.0, np.float32(1/0.75)} and abs((a == 0).mean() - 0.25) < 4 * np.sqrt(0.25*0.75/a.size)
   assert abs(np.corrcoef((a == 0).ravel(), (c == 0).ravel())[0, 1]) < 4 / np.sqrt(a.size)
+  assert not np.array_equal(a[0], a[1])
+  # what is dropped of an image does not depend on the others of its batch
+  assert np.array_equal(a[2:3], unet.dropout(x[:1], 0.25, Tensor(np.array([3], np.uint32))).numpy())
   assert abs(np.corrcoef((a == 0).ravel()[1:], (a == 0).ravel()[:-1])[0, 1]) < 4 / np.sqrt(a.size)
 
 # *** the network ***
