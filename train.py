@@ -235,7 +235,7 @@ def network(a:argparse.Namespace, in_channels:int, image_size:int, num_classes:i
   """The arguments of `UNet`."""
   return dict(in_channels=in_channels, channels=a.channels, channel_mult=a.channel_mult,
               num_res_blocks=a.num_res_blocks, attn_resolutions=a.attn, dropout=a.dropout, image_size=image_size,
-              norm_groups=a.norm_groups, num_classes=num_classes, seed=a.seed)
+              norm_groups=a.norm_groups, num_classes=num_classes, fourier=a.fourier, seed=a.seed)
 
 def diffusion(a:argparse.Namespace) -> dict:
   """The arguments of `DDPM`."""
@@ -291,6 +291,7 @@ def resume(state:State, a:argparse.Namespace, last:Path, fixed:dict) -> tuple[in
   try:
     meta = json.loads(metadata["ddpm"])
     step, smooth, before = int(meta["step"]), float(meta["smooth"]), dict(meta["train"])
+    before["network"] = {"fourier": []} | before["network"]  # an argument of UNet that is younger than the run
     if not a.anneal_is_asked: a.anneal = fixed["anneal"] = int(before.get("anneal", 0))
   except (KeyError, ValueError, TypeError, RecursionError):
     raise ValueError(f"{last} is not the state of a run: use {anew}") from None
@@ -455,6 +456,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--min-snr", type=number(float, 0, 1e30), metavar="GAMMA",
       help="weight the error of ε by min(SNR, GAMMA)/SNR, SNR = ᾱ_t/(1-ᾱ_t): more for the shape of samples, less for "
            "their finest detail; 0: no (glyphs, mnist: 5)")
+  add("--fourier", type=ints, default=(), metavar="N,...",
+      help="show the network sin and cos of 2^N π x_t as well, by which it tells levels apart, for densities: 7,8")
   add("--dequantize", action="store_true", default=False,
       help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode)")
   add("--clip-x0", action="store_true", default=False,
