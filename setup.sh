@@ -1,25 +1,19 @@
 #!/bin/sh
 # Called by make before a program runs: gets clang where tinygrad needs it and that works without asking.
 py=$1
-check() {  # says what is wrong: 1 what clang would not mend, 2 no clang and no other device, 3 an old clang
+check() {  # says what is wrong: 1 what clang would not mend, 2 no clang and no other device
   PLAIN=1 "$py" -c 'if True:
     import contextlib, io, os, sys
     from files.device import clang, open_device
-    try: from fast.compiler import outdated_clang
-    except ImportError: outdated_clang = bool
     try:
-      with contextlib.redirect_stderr(io.StringIO()): cpu = open_device().startswith("CPU")
+      with contextlib.redirect_stderr(io.StringIO()): open_device()
     except RuntimeError as e:
       print(e)
-      sys.exit(1 if clang(os.environ.get("CC")) else 2)
-    if cpu and outdated_clang():
-      print("clang here is older than 18 and does not know this processor: everything works, but takes three times as long")
-      sys.exit(3)'
+      sys.exit(1 if clang(os.environ.get("CC")) else 2)'
 }
 end() {
   [ -z "$message" ] || echo "$message" >&2
-  [ "$status" = 0 ] || [ "$status" = 3 ]
-  exit
+  exit $status
 }
 message=$(check); status=$?
 if [ $status -le 1 ] || [ "$(uname -s)" = Darwin ]; then end; fi

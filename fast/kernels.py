@@ -1,10 +1,13 @@
 """The plain loops of each operation. How a device runs them, in tiles of a CPU's registers or of tensor cores, stands
 beside them in schedules.py, as numbers."""
 from __future__ import annotations
+import math
 from collections.abc import Callable
+from fast.compiler import VECTOR
 from fast.schedules import Tiles, column_tiles, conv_tiles, group_opts, on_tensor_cores, product_tiles, weight_tiles
 from tinygrad import dtypes
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+from tinygrad.dtype import AddrSpace
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp, identity_element
 
 Sizes = tuple[int, ...]
 
@@ -15,27 +18,41 @@ def shared_round(n:int) -> UOp:
   return (UOp.variable("core_id", 0, n-1, dtypes.int, param=True) & 2**16-1).cast(dtypes.weakint)
 
 def loop(size:int, axis:int, amount:int, shared:bool) -> tuple[UOp, list[UOp]]:
-  """A loop over `size` whose innermost `amount` are unrolled into registers: (index, its ranges).
-
-  If shared, the cores share its rounds."""
-  inner = [UOp.range(amount, 100+axis, AxisType.UPCAST)] if amount > 1 else []
-  start = inner[0] if inner else UOp.const(0, dtypes.weakint)
-  if shared and amount < size <= 2**16: return shared_round(size//amount)*amount + start, inner
-  outer = [UOp.range(size//amount, axis)] if amount < size else []
-  return sum((r*amount if inner else r for r in outer), start=start), outer+inner
+  """A loop over `size` in steps of `amount`: (where each begins, its range). If shared, the cores share its rounds."""
+  if amount == size: return UOp.const(0, dtypes.weakint), []
+  if shared and size <= 2**16: return shared_round(size//amount)*amount, []
+  return (r := UOp.range(size//amount, axis))*amount, [r]
 
 def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda at, total: total,
            tiles:Tiles|None=None, opts:tuple|None=None, op:Ops=Ops.ADD) -> UOp:
   """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
-  tiles: of each loop the amount unrolled into registers, and which loop the cores share; or opts: tinygrad's."""
+  tiles: of each loop the amount kept in registers, and which loop the cores share; or opts: tinygrad's."""
   amounts, shared = tiles or ((1,)*len(y.shape), -1)
-  at, outer = zip(*(loop(n, a, amount, a == shared) for a, (n, amount) in enumerate(zip(y.shape, amounts))))
-  ranges = [UOp.range(n, len(at)+a, AxisType.REDUCE) if n > 1 else None for a, n in enumerate(reduced)]
-  value = term(at, [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges]).cast(dtypes.float32)
+  begin, outer = zip(*(loop(n, a, amount, a == shared) for a, (n, amount) in enumerate(zip(y.shape, amounts))))
+  outer = [r for rs in outer for r in rs]
+  ranges = [UOp.range(n, len(y.shape)+a, AxisType.REDUCE) if n > 1 else None for a, n in enumerate(reduced)]
   summed = [r for r in ranges if r is not None]
-  total = after(at, value.reduce(*summed, arg=op) if summed else value)
-  return y[at].store(total.cast(y.dtype)).end(*(r for rs in outer for r in rs)).sink(
+  inner = [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges]
+  def tile(k:int) -> tuple[list[UOp], list[UOp], UOp]:  # the k-th pass over the tile: ranges, place in y, in the tile
+    each = [UOp.range(n, 100*k + (VECTOR if summed and a+1 == len(amounts) else a), AxisType.LOOP) if n > 1
+            else UOp.const(0, dtypes.weakint) for a, n in enumerate(amounts)]
+    flat = sum((i*math.prod(amounts[a+1:]) for a, i in enumerate(each)), start=UOp.const(0, dtypes.weakint))
+    return [i for i in each if i.op is Ops.RANGE], [b+i for b, i in zip(begin, each)], flat
+  own, at, flat = tile(3)
+  if not tiles or not summed:
+    value = term(at, inner).cast(dtypes.float32)
+    total = value.reduce(*summed, arg=op) if summed else value
+  else:  # the tile's loops are left to the compiler, see compiler.ClangRenderer
+    registers = UOp.placeholder((math.prod(amounts),), dtypes.float32, 0, AddrSpace.REG)
+    zeroed, _, i = tile(1)
+    acc = registers.after(*outer)
+    acc = acc.after(acc[i].store(UOp.const(identity_element(op, dtypes.float32), dtypes.float32)).end(*zeroed))
+    added, place, i = tile(2)
+    acc_in = acc.after(*summed)
+    step = acc_in[i].store(acc_in[i].alu(op, term(place, inner).cast(dtypes.float32))).end(*added)
+    total = acc.after(step.end(*summed))[flat]
+  return y[tuple(at)].store(after(at, total).cast(y.dtype)).end(*own, *outer).sink(
     arg=KernelInfo(name, opts_to_apply=() if tiles else opts))
 
 def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None) -> UOp:

@@ -24,7 +24,7 @@ def register_tile(macs:int, lanes:int) -> tuple[int, int]:
   Eight vectors run at near the processor's peak, but take 0.4 s to compile: only much work is worth it. Processors with
   vectors of 256 bits have 16 registers: 2 vectors times 4 pixels need the fewest loads."""
   across, pixels = (1, 8) if lanes > 8 else (2, 4)
-  return across*lanes if macs > 2**16 else 1, pixels if macs > 2**24 else 1
+  return across*lanes if macs > 2**12 else 1, pixels if macs > 2**16 else 1
 
 def conv_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
   """For y (B,H,W,O), each number a sum of `depth` products; depth 0: for numbers that are moved."""
