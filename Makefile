@@ -20,7 +20,7 @@ bench: setup
 gpu-report: setup .venv/pytest
 	@$(PY) -m files.report $(ARGS)
 test: setup .venv/pytest
-	@POCL_EXTRA_BUILD_FLAGS=-w $(PY) -m pytest -q $(ARGS)
+	@POCL_EXTRA_BUILD_FLAGS=-w $(PY) -m pytest -q -n 2 $(ARGS)
 lint: .venv/pytest
 	@$(PY) -m ruff check -q && $(PY) -m mypy --no-error-summary
 
