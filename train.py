@@ -29,10 +29,10 @@ PRESETS:dict[str, dict] = {
                   warmup=5000, save_every=1000, sample_every=5000, flip=True,
                   anneal=0, min_snr=0, class_conditional=False)}
 PRESETS["mnist"] = PRESETS["cifar10"] | dict(
-  steps=4000, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attn=(7,),
+  steps=6000, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attn=(7,),
   dropout=0., norm_groups=8, warmup=200, save_every=500, sample_every=1000, flip=False,
-  anneal=4000, min_snr=5, class_conditional=True)
-PRESETS["glyphs"] = PRESETS["mnist"] | dict(steps=1500, channel_mult=(1, 4), attn=(8,), anneal=1500, sample_every=500)
+  anneal=6000, min_snr=5, class_conditional=True)
+PRESETS["glyphs"] = PRESETS["mnist"] | dict(steps=2500, channel_mult=(1, 4), attn=(8,), anneal=2500, sample_every=500)
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 PRESETS["folder"] = PRESETS["cifar10"] | dict(steps=100_000, batch=32, channels=64, warmup=1000)
 

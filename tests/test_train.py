@@ -206,7 +206,7 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
   run(tmp_path, "--steps", 2, "--batch", 1)
   run(tmp_path, "--steps", 3, "--batch", 1)
-  with pytest.raises(ValueError, match="0 from step 1500 on.*--init"): run(tmp_path, "--steps", 1501, "--batch", 1)
+  with pytest.raises(ValueError, match="0 from step 2500 on.*--init"): run(tmp_path, "--steps", 2501, "--batch", 1)
 
 def test_every_t_is_trained_and_the_draws_are_independent():
   a = train.arguments([*SMALL, "--batch", "64", "--T", "20"])
