@@ -286,21 +286,21 @@ def resume(state:State, a:argparse.Namespace, last:Path, fixed:dict) -> tuple[in
   """Takes over what `save` left in `last`. ValueError unless it is the state of a run with the same settings.
 
   The steps after which its learning rate is 0 it knows itself, unless --anneal says otherwise."""
-  anew = "--restart to begin anew"
+  anew, default = "--restart to begin anew", arguments(["--dataset", "cifar10"])
   tensors, metadata = read_tensors(last)
   try:
     meta = json.loads(metadata["ddpm"])
-    step, smooth, before = int(meta["step"]), float(meta["smooth"]), dict(meta["train"])
-    before["network"] = {"fourier": []} | before["network"]  # an argument of UNet that is younger than the run
-    if not a.anneal_is_asked: a.anneal = fixed["anneal"] = int(before.get("anneal", 0))
+    step, smooth, before = int(meta["step"]), float(meta["smooth"]), vars(default) | meta["train"]
+    # a flag that is younger than the run: as in the paper
+    before["network"] = json.loads(json.dumps(network(default, 0, 0))) | before["network"]
+    if not a.anneal_is_asked: a.anneal = fixed["anneal"] = int(before["anneal"])
   except (KeyError, ValueError, TypeError, RecursionError):
     raise ValueError(f"{last} is not the state of a run: use {anew}") from None
-  default = vars(arguments(["--dataset", "cifar10"]))  # of a flag that is younger than the run: as in the paper
   if a.steps > a.anneal > 0 and not a.anneal_is_asked:
     raise ValueError(f"{last.parent} was begun with a learning rate that is 0 from step {a.anneal} on, and more steps "
                      f"would change nothing: begin a longer run with another --out, --init {last.parent}, or {anew}")
   for k, v in fixed.items():
-    if (was := before.get(k, default.get(k))) != v:
+    if (was := before.get(k)) != v:
       raise ValueError(f"{last.parent} was trained with {k} = {was}, not {v}: use the same, another --out, or {anew}")
   want = {f"{key}.{k}": shape for key in ("raw", "ema") for k, shape in state.shapes.items()}
   if {k: v.shape for k, v in tensors.items()} != want | {"adam.m": (state.size,), "adam.v": (state.size,)}:

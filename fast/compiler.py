@@ -16,7 +16,7 @@ def wide_vectors() -> bool:
 
 def vector_lanes(device:str) -> int:
   """float32 numbers in a vector of the CPU, where tinygrad renders C and kernels are tiled by hand. 0 elsewhere."""
-  if not device.startswith("CPU"): return 0
+  if not device.startswith("CPU") or not helpers.NOOPT.value: return 0
   return 16 if wide_vectors() else 8
 
 VECTOR = 99  # ends the number of the loop over a tile's vectors
@@ -54,6 +54,7 @@ def install():
   tinygrad loads four neighbours at once, which holds clang to vectors of 128 bits; left alone, it takes the full width.
   A convolution runs three times as fast. A CPU renderer without float4, and kernels that bring their own schedule
   everywhere, would make this unnecessary. A compiling process lives for all kernels instead of 16 of them."""
+  if type(Device["CPU"].renderer) is not cstyle.ClangRenderer: return
   os.environ.update(DMC="1", NOOPT="1")
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
   helpers.getenv.cache_clear()

@@ -18,20 +18,18 @@ def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n
 
 Tiles = tuple[tuple[int, ...], int]  # of each loop how many numbers a kernel keeps in registers; the loop cores share
 
-def register_tile(macs:int, lanes:int) -> tuple[int, int]:
-  """How many channels and how many pixels a kernel keeps in registers.
+def register_tile(lanes:int) -> tuple[int, int]:
+  """How many channels and how many pixels a kernel keeps in registers: eight vectors run at near the processor's peak.
 
-  Eight vectors run at near the processor's peak, but take 0.4 s to compile: only much work is worth it. Processors with
-  vectors of 256 bits have 16 registers: 2 vectors times 4 pixels need the fewest loads."""
-  across, pixels = (1, 8) if lanes > 8 else (2, 4)
-  return across*lanes if macs > 2**12 else 1, pixels if macs > 2**16 else 1
+  Processors with vectors of 256 bits have 16 registers: 2 vectors times 4 pixels need the fewest loads."""
+  return (lanes, 8) if lanes > 8 else (2*lanes, 4)
 
 def conv_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
   """For y (B,H,W,O), each number a sum of `depth` products; depth 0: for numbers that are moved."""
   if not (lanes := vector_lanes(device)): return None
   B, H, W, O = sizes
   if not depth: return (1, 1, 1, divisor(O, 16)), 0 if B*H*W*O > 2**16 else -1
-  channels, pixels = register_tile(B*H*W*O*depth, lanes)
+  channels, pixels = register_tile(lanes)
   th = divisor(H, pixels//(tw := divisor(W, pixels)))
   tb = divisor(B, pixels//(tw*th))
   return (tb, th, tw, divisor(O, channels)), -1 if B*H*W*O*depth < 2**18 else 0 if B//tb >= 8 else 1
@@ -45,7 +43,7 @@ def product_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
 def weight_tiles(device:str, sizes:tuple[int, ...], macs:int) -> Tiles|None:
   """For dw (G,k,k,C,O), of so many products in all."""
   if not (lanes := vector_lanes(device)): return None
-  channels, rows = register_tile(macs, lanes)
+  channels, rows = register_tile(lanes)
   to = divisor(sizes[4], channels)
   return (1, 1, 1, divisor(sizes[3], rows if to > 4 else 4*rows), to), 0 if macs > 2**18 else -1
 

@@ -310,6 +310,9 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     (tmp_path/"d").mkdir(exist_ok=True)
     (tmp_path/"d"/"config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=match): checkpoint.load(tmp_path/"d")
+  for key, value, match in (("fourier", (7, 8), "Fourier"), ("num_classes", 3, "class labels")):
+    with pytest.raises(ValueError, match=match): hub.save(tmp_path/"none", unet.UNet(**TINY, **{key: value}))
+    assert not (tmp_path/"none").exists()
   with pytest.raises(ValueError, match="divide"): unet.UNet(**{**TINY, "image_size": 9})
   with pytest.raises(ValueError, match="groups"): unet.UNet(**{**TINY, "norm_groups": 3})
 
