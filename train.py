@@ -499,7 +499,7 @@ def main(argv:list[str]|None=None):
     if begun >= a.steps:
       print(f"{out} has {begun} steps already: --steps {a.steps} asks for no more", file=sys.stderr)
       return
-    print("compiling the step (the first time about a minute on two cores) ...", file=sys.stderr)
+    print("compiling the step (the first time some 20 s on two cores) ...", file=sys.stderr)
     step, show = make_step(state, ddpm, a), make_show(out, state, ddpm, a)
     seconds, spoken = 0., -math.inf
     with open(out/"log.jsonl", "a", buffering=1) as log, stoppable() as asked:
