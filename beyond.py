@@ -1,7 +1,7 @@
 """What the paper does not measure: bits/dim by the probability-flow ODE, outliers, and the quality of samples without
 another network. evaluate.py's --ode, --against and --samples call it.
 """
-import functools, math, os
+import functools, itertools, math, os
 from collections.abc import Callable
 import numpy as np
 from PIL import Image
@@ -24,7 +24,8 @@ def ode_log_density(ddpm:DDPM, model:Model, x:np.ndarray|Tensor, steps:int, seed
   −tr ∂ε_θ/∂y ds = (tr ∂x̂_0/∂y − D) d log s: Heun's method for y, the trapezoidal rule in log s for log p, both exact
   where x̂_0 stands still. The grid: see `ode_grid`. From start = 0 one step leads to t = 1 (the slope is 0 at s = 0 for
   any bounded score); a higher start says that x bears noise of that deviation. discrete: see `on_levels`. The trace: by
-  Hutchinson's estimator with `probes` fixed signs for each image; exactly with probes=0, which costs D of them.
+  Hutchinson's estimator with `probes` draws of signs, anew for each image and call, so that over the steps their errors
+  average out; exactly with probes=0, which costs D of them.
   ValueError unless 1 <= steps <= T."""
   x = np.asarray(x.numpy() if isinstance(x, Tensor) else x, np.float64)
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
@@ -42,15 +43,17 @@ def ode_log_density(ddpm:DDPM, model:Model, x:np.ndarray|Tensor, steps:int, seed
     return x0_hat.realize(), (functools.reduce(Tensor.add, traces) / len(traces)).realize()
   run = captured(step)
 
-  def probe(i:int) -> np.ndarray:
+  def probe(i:int, call:int) -> np.ndarray:
     if not probes: return math.sqrt(D) * np.eye(D).reshape(D, *shape)
-    return stream(seed, "probes", i).integers(0, 2, (probes, *shape)) * 2.0 - 1
+    return stream(seed, "probes", i, call).integers(0, 2, (probes, *shape)) * 2.0 - 1
 
   def flow(i:np.ndarray, tick:Callable) -> np.ndarray:
-    vs, label = np.stack([probe(j) for j in i], 1), None if labels is None else labels[i]
+    label, calls = None if labels is None else labels[i], itertools.count()
     def slopes(y:np.ndarray, s:float, t:int) -> tuple[np.ndarray, np.ndarray]:  # dy/ds, −d log p/d log s
       if s == 0: return 0 * y, np.zeros(len(y))
       root = math.sqrt(1 + s * s)  # 1/√ᾱ
+      call = next(calls)
+      vs = np.stack([probe(j, call) for j in i], 1)
       x0_hat, trace = run(*tensors(y / root, np.array([s]), np.full(len(y), t), vs, label))
       tick(1)
       return (y - x0_hat.numpy()) / s, D - trace.numpy().astype(np.float64) / root

@@ -59,10 +59,11 @@ def test_each_use_of_randomness_is_a_stream_of_its_own(monkeypatch):
   beyond.contrast("x", k, seed=7)
   beyond.sliced_wasserstein(k, k, 5, 7)
   estimates.choose(9, 3, 7, "evaluated images")
-  each = ("times of the bound", "dequantization", "probes")
+  each = ("times of the bound", "dequantization")
   assert seen == {("directions",), ("evaluated images",), ("other images",),
                   *((use, i) for use in each for i in range(3)),
-                  *(("noise of the bound", i, t) for i in range(3) for t in (1, 2))}
+                  *(("noise of the bound", i, t) for i in range(3) for t in (1, 2)),
+                  *(("probes", i, call) for i in range(3) for call in range(4))}
 
 # *** which times ***
 
@@ -204,7 +205,8 @@ def test_ode_density_of_a_mixture(schedule):
   assert np.abs(np.expm1(got - want)).max() < 0.01
 
 def test_hutchinson_on_correlated_pixels():
-  """N(0, S) with S full: probes=0 is exact, each seed's probes scatter around it."""
+  """N(0, S) with S full: probes=0 is exact, the probes scatter around it, the less the more there are or the more steps
+  they are drawn in."""
   d, S = DDPM(200, 1e-3, 0.1), np.array([[0.2, 0.12, 0.05], [0.12, 0.3, -0.1], [0.05, -0.1, 0.25]])
   x = rng(5).multivariate_normal(np.zeros(3), S, 400).reshape(-1, 1, 1, 3)[[0] * 400]
   precision = [np.linalg.inv(a * S + (1 - a) * np.eye(3)) * math.sqrt(1 - a) for a in d.alpha_bar]
@@ -217,6 +219,7 @@ def test_hutchinson_on_correlated_pixels():
   exact = ode_log_density(d, model, x[:1], 10, probes=0).numpy()
   assert draws.std() > 0.01 and abs(draws.mean() - exact[0]) < 4 * draws.std() / 20
   assert 0.4 < more.std() / draws.std() < 0.6
+  assert 0.4 < ode_log_density(d, model, x, 40, probes=1, batch=400).numpy().std() / draws.std() < 0.7
 
 def test_ode_steps():
   d, x, asked = DDPM(12, 0.01, 0.5), rng().normal(0, 0.3, (1, 1, 1, 1)), []
