@@ -27,6 +27,9 @@ def make_beta(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
   if schedule == "cosine":           # not in the paper: Nichol & Dhariwal 2021, Eq. 17; beta_1 and beta_T are unused
     f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2  # ᾱₜ = f(t)/f(0)
     beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+  if schedule == "geometric":        # not in the paper: log(ᾱₜ/(1−ᾱₜ)) falls evenly, as in Kingma et al. 2021
+    alpha_bar = 1 / (1 + beta_1 / (1 - beta_1) / (1 - beta_T) ** np.arange(T))
+    beta = np.append(beta_1, 1 - alpha_bar[1:] / alpha_bar[:-1])
   return np.append(0.0, beta)
 
 class DDPM:
@@ -34,7 +37,8 @@ class DDPM:
 
   schedule, of β_1 .. β_T, Section 4
     "linear": from beta_1 to beta_T in equal steps, the paper's. Not in the paper: "quad", the same in √β; "const",
-    all beta_T; "cosine", ᾱ_t falls as a squared cosine (Nichol & Dhariwal 2021), whatever beta_1 and beta_T are
+    all beta_T; "cosine", ᾱ_t falls as a squared cosine (Nichol & Dhariwal 2021), whatever beta_1 and beta_T are;
+    "geometric", from β_1 on each step leaves 1 − beta_T of the signal-to-noise ratio ᾱ_t/(1−ᾱ_t)
   sigma, what the variance σ_t² of p_θ is, Section 3.2
     "beta": β_t, best for data ~ N(0, I). "beta_tilde": β̃_t, best for data that are a single point
   predict, what the model's output means, Table 2
@@ -179,14 +183,14 @@ class DDPM:
     x0 (B, C, H, W) on the 256 levels, x_t made from it with eps -> (B,) bits/dim. Summed over t = 1..T, with
     prior_kl(x0), it is the bound. With σ_t fixed, the KL is the weighted squared error of μ in Eq. 8, 9, 10, or that
     of ε in Eq. 12, plus what does not depend on the model. At t = 1 the variance is β̃_2, as in the authors' code (not
-    in the paper): β̃_1 is 0.
+    in the paper): β̃_1 is 0. It is β_1/2 where that is more, as it is if β_2 is far below β_1 ("geometric").
     """
     t = self.time(x0, t)
     x_t = self.q_sample(x0, t, eps)
     mean_q, var_q = self.q_posterior(x0, x_t, t)
     mean_p, var_p, _ = self.p_mean_var(model, x_t, t, clip=clip)
     last = column(t == 1, x0)
-    var_p = last.where(float(self.beta_tilde[2] if self.T > 1 else self.beta[1]), var_p)
+    var_p = last.where(float(max(self.beta_tilde[2], self.beta[1] / 2) if self.T > 1 else self.beta[1]), var_p)
     L_0 = -discretized_log_likelihood(x0, mean_p, var_p.sqrt())
     return bits_per_dim(last.where(L_0, kl_normal(mean_q, var_q, mean_p, var_p)))
 
@@ -255,7 +259,7 @@ def bits_per_dim(nats:Tensor) -> Tensor:
 
 def check_settings(T:int, beta_1:float, beta_T:float, schedule:str, sigma:str, predict:str):
   """ValueError for what `DDPM` does not know."""
-  for name, value, known in (("schedule", schedule, ("linear", "cosine", "quad", "const")),
+  for name, value, known in (("schedule", schedule, ("linear", "cosine", "quad", "const", "geometric")),
                              ("sigma", sigma, ("beta", "beta_tilde")), ("predict", predict, ("eps", "x0", "mu"))):
     if value not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
   if not isinstance(T, (int, np.integer)) or T < 1: raise ValueError(f"T must be a whole number from 1 up, not {T!r}")

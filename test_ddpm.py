@@ -16,7 +16,7 @@ from sample import SAMPLERS, ddim_encode, ddim_step, draw_x_T, guided, normals, 
 from tinygrad import Device, Tensor, TinyJit
 
 pytestmark = pytest.mark.quick
-SCHEDULES = ("linear", "cosine", "quad", "const")
+SCHEDULES = ("linear", "cosine", "quad", "const", "geometric")
 def col(*v): return f32(np.array(v, np.float64).reshape(-1, 1, 1, 1))
 def at_times(*t): return Tensor(np.array(t, np.int32))
 def num(x): return x.numpy().astype(np.float64)
@@ -64,6 +64,10 @@ def test_other_schedules():
   q = DDPM(schedule="quad")
   assert (q.beta[1], q.beta[1000]) == pytest.approx((1e-4, 0.02)) and np.allclose(np.diff(np.sqrt(q.beta[1:]), 2), 0)
   assert (DDPM(schedule="const").beta[1:] == 0.02).all()
+  g = DDPM(100, 4e-6, 0.3, "geometric")
+  assert g.beta[1] == 4e-6
+  for t in (2, 3, 50, 100):  # the signal-to-noise ratio falls by the same factor in each step
+    assert g.alpha_bar[t] / (1 - g.alpha_bar[t]) == pytest.approx(0.7**(t - 1) * (1 - 4e-6) / 4e-6, rel=1e-9)
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_short_chains_work(schedule):
@@ -359,7 +363,7 @@ def exact_term(d, x0, t, eps, model, clip=True):
   mean_q, mean = w0 * x0 + wt * x_t, out if d.predict == "mu" else w0 * x0_hat + wt * x_t
   var = d.beta[t] if d.sigma == "beta" else var_q
   if t == 1:
-    var = d.beta_tilde[2] if d.T > 1 else d.beta[1]
+    var = d.beta[1] / 2 if d.schedule == "geometric" else d.beta_tilde[2] if d.T > 1 else d.beta[1]
     nats = -np.log(np.vectorize(bin_mass)(np.rint((x0 + 1) * 127.5), mean, math.sqrt(var)))
   else: nats = math.log(var / var_q) / 2 + (var_q + (mean_q - mean) ** 2) / (2 * var) - 0.5
   return types.SimpleNamespace(L=nats.mean() / math.log(2), mean=mean, var=var, x0_hat=x0_hat,
@@ -371,10 +375,11 @@ def test_prior_kl():
   for d in (DDPM(), DDPM(30, 1e-3, 0.1)):
     assert num(d.prior_kl(f32(x0))) == pytest.approx(exact_prior(d, x0), rel=1e-3)
 
-@pytest.mark.parametrize("sigma,T,predict", [("beta", 1000, "eps"), ("beta_tilde", 1000, "eps"), ("beta", 1, "eps"),
-                                             ("beta", 1000, "mu")])
-def test_vlb_term(sigma, T, predict):
-  d, r = DDPM(T, sigma=sigma, predict=predict), rng(11)
+@pytest.mark.parametrize("sigma,T,predict,schedule", [
+  ("beta", 1000, "eps", "linear"), ("beta_tilde", 1000, "eps", "linear"), ("beta", 1, "eps", "linear"),
+  ("beta", 1000, "mu", "linear"), ("beta_tilde", 1000, "eps", "geometric")])
+def test_vlb_term(sigma, T, predict, schedule):
+  d, r = DDPM(T, schedule=schedule, sigma=sigma, predict=predict), rng(11)
   t = np.array([1, 2, 3, 50, 400, 999, 1000, 1]).clip(1, T)   # t = 1 and t > 1 in one batch
   k, eps = r.integers(0, 256, (8, 2, 2, 2)), r.standard_normal((8, 2, 2, 2))
   k[7, 0, 0] = 0, 255                                         # both edge bins at t = 1

@@ -235,7 +235,7 @@ def network(a:argparse.Namespace, in_channels:int, image_size:int, num_classes:i
   """The arguments of `UNet`."""
   return dict(in_channels=in_channels, channels=a.channels, channel_mult=a.channel_mult,
               num_res_blocks=a.num_res_blocks, attn_resolutions=a.attn, dropout=a.dropout, image_size=image_size,
-              norm_groups=a.norm_groups, num_classes=num_classes, fourier=a.fourier, seed=a.seed)
+              norm_groups=a.norm_groups, num_classes=num_classes, seed=a.seed)
 
 def diffusion(a:argparse.Namespace) -> dict:
   """The arguments of `DDPM`."""
@@ -293,6 +293,7 @@ def resume(state:State, a:argparse.Namespace, last:Path, fixed:dict) -> tuple[in
     step, smooth, before = int(meta["step"]), float(meta["smooth"]), vars(default) | meta["train"]
     # a flag that is younger than the run: as in the paper
     before["network"] = json.loads(json.dumps(network(default, 0, 0))) | before["network"]
+    before["network"].pop("fourier", None)  # and one that is no more
     if not a.anneal_is_asked: a.anneal = fixed["anneal"] = int(before["anneal"])
   except (KeyError, ValueError, TypeError, RecursionError):
     raise ValueError(f"{last} is not the state of a run: use {anew}") from None
@@ -421,7 +422,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
 
   add = p.add_argument_group("the paper's").add_argument
   add("--T", type=number(int, 1, 100_000), default=1000, help="steps of the diffusion")
-  add("--schedule", choices=("linear", "cosine", "quad", "const"), default="linear",
+  add("--schedule", choices=("linear", "cosine", "quad", "const", "geometric"), default="linear",
       help="of the betas; linear is the paper's")
   add("--beta-1", type=float, default=1e-4, help="the first of them")
   add("--beta-T", type=float, default=0.02, help="the last of them")
@@ -456,8 +457,6 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--min-snr", type=number(float, 0, 1e30), metavar="GAMMA",
       help="weight the error of ε by min(SNR, GAMMA)/SNR, SNR = ᾱ_t/(1-ᾱ_t): more for the shape of samples, less for "
            "their finest detail; 0: no (glyphs, mnist: 5)")
-  add("--fourier", type=ints, default=(), metavar="N,...",
-      help="show the network sin and cos of 2^N π x_t as well, by which it tells levels apart, for densities: 7,8")
   add("--dequantize", action="store_true", default=False,
       help="spread each of the 256 levels over its bin, for densities (evaluate.py --ode)")
   add("--clip-x0", action="store_true", default=False,

@@ -21,12 +21,11 @@ class UNet:
   attn_resolutions: image sizes at which self-attention follows each of them
   dropout: probability inside the residual blocks; norm_groups: groups of GroupNorm
   num_classes: 0 for no labels (the paper); else y (B,) in 0..num_classes, the last for "no class" (not in the paper)
-  fourier: n of the `waves` of x_t that it sees beside x_t; () for none (the paper)
   seed: of the initial weights. Raises ValueError, in one sentence, for sizes that do not fit each other.
   """
   def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2),
                num_res_blocks:int=2, attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32,
-               norm_groups:int=32, num_classes:int=0, fourier:tuple[int, ...]=(), seed:int=0):
+               norm_groups:int=32, num_classes:int=0, seed:int=0):
     self.config, self.dtype = {k: v for k, v in locals().items() if k != "self"}, dtypes.float32
     check(self.config)
     setup()
@@ -37,7 +36,7 @@ class UNet:
 
     self.time1, self.time2 = Dense(rng, channels, emb), Dense(rng, emb, emb)
     if num_classes: self.label = fan_average(rng, num_classes+1, emb)
-    self.conv_in = Conv(rng, in_channels * (1 + 2*len(fourier)), channels)
+    self.conv_in = Conv(rng, in_channels, channels)
     c, size, skips, self.down, self.up = channels, image_size, [channels], [], []
     for i, m in enumerate(channel_mult):
       for _ in range(num_res_blocks):
@@ -71,7 +70,6 @@ class UNet:
 
     Activations and the operands of products are in self.dtype; sums, softmax and GroupNorm in float32 in any case."""
     x = x.permute(0, 2, 3, 1)
-    if self.config["fourier"]: x = x.cat(*waves(x, self.config["fourier"]), dim=-1)
     emb, h = self.embed(t, y).cast(self.dtype), self.conv_in(x.cast(self.dtype))
     skips = [h]
     for layers in self.down:
@@ -186,14 +184,6 @@ def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
   s = q.matmul(k.transpose(1, 2), dtype=dtypes.float32) / math.sqrt(q.shape[2])
   return s.softmax(-1).cast(q.dtype).contiguous() @ v
 
-def waves(x:Tensor, ns:tuple[int, ...]) -> list[Tensor]:
-  """sin and cos of 2ⁿ (255/256) π x for each n, as x: Fourier features of x_t, by which a network tells levels apart.
-
-  Not in the paper: Kingma et al. 2021 (arXiv:2107.00630), Section 5.1, with n = 7 and 8. The period is two of the 256
-  levels for n = 7, one for n = 8 (the factor 255/256, of images that are k/127.5 − 1, is not theirs)."""
-  angles = [x * (2**n * 255/256 * math.pi) for n in ns]
-  return [wave for a in angles for wave in (a.sin(), a.cos())]
-
 def upsample(x:Tensor) -> Tensor:
   """Each pixel twice in both directions: (B,H,W,C) -> (B,2H,2W,C)."""
   B, H, W, C = x.shape
@@ -214,7 +204,7 @@ def check(c:dict):
   """ValueError, in one sentence, for arguments of UNet that do not fit each other."""
   channels, groups, size, halvings = c["channels"], c["norm_groups"], c["image_size"], len(c["channel_mult"])-1
   sizes = (c["in_channels"], channels, c["num_res_blocks"], size, groups, *c["channel_mult"])
-  if min(sizes) < 1 or min(c["num_classes"], *c["fourier"], 0) < 0 or halvings < 0:
+  if min(sizes) < 1 or c["num_classes"] < 0 or halvings < 0:
     raise ValueError("every size of the network must be 1 or more")
   if size % 2**halvings:
     raise ValueError(f"images of {size}x{size} do not divide by 2 for each of {halvings} levels: "

@@ -62,7 +62,6 @@ PREDICTS = {"epsilon": "eps", "sample": "x0"}
 def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
   """config.json and scheduler_config.json of a model."""
   c, d = model.config, meta.get("ddpm", {})
-  if c["fourier"]: raise ValueError("the diffusers layout cannot hold a model that sees Fourier features")
   if c["num_classes"]: raise ValueError("the diffusers layout cannot hold a model with class labels")
   attn = [c["image_size"] >> i in c["attn_resolutions"] for i in range(len(c["channel_mult"]))]
   back = lambda table, v: next(k for k, w in table.items() if w == v)

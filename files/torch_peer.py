@@ -39,10 +39,10 @@ class Upsample(nn.Conv2d):
   def forward(self, x:Tensor, emb:Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2.))
 
 class UNet(nn.Module):
-  """x (B,C,H,W), t (B,) in 1..T -> as x. The arguments are unet.py's; it knows neither labels nor waves."""
+  """x (B,C,H,W), t (B,) in 1..T -> as x. The arguments are unet.py's; it knows no labels."""
   def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2),
                num_res_blocks:int=2, attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32,
-               norm_groups:int=32, num_classes:int=0, fourier:tuple[int, ...]=(), seed:int=0):
+               norm_groups:int=32, num_classes:int=0, seed:int=0):
     super().__init__()
     emb, c, size, skips = 4*channels, channels, image_size, [channels]
     def level(c:int, o:int, size:int) -> list[nn.Module]:

@@ -70,6 +70,7 @@ def build(config:dict, path:str|os.PathLike) -> UNet:
   """The network of a checkpoint's arguments."""
   try:
     args:dict = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    if not args.get("fourier", True): del args["fourier"]  # written by earlier versions, for networks without it
     return UNet(**args)
   except (TypeError, AttributeError) as e:
     raise ValueError(f"{path} does not describe a network of this program: {e}") from e

@@ -333,7 +333,7 @@ def test_a_run_of_an_older_program_goes_on(tmp_path):
   tensors, metadata = read_tensors(tmp_path/"b"/"last.safetensors")
   meta = json.loads(metadata["ddpm"])
   for young in ("times", "min_snr", "dequantize", "clip_x0", "drop_labels", "init", "anneal"): del meta["train"][young]
-  del meta["train"]["network"]["fourier"]
+  meta["train"]["network"]["fourier"] = []  # and a flag that is no more
   write_tensors(tmp_path/"b"/"last.safetensors", tensors, meta)
   with pytest.raises(ValueError, match="anneal = 0, not 5"): run(tmp_path/"b", "--steps", 4, "--anneal", 5)
   run(tmp_path/"b", "--steps", 4)

@@ -162,23 +162,6 @@ def test_plain_and_fast_are_the_same_network(monkeypatch):
   greatest = max(np.abs(g).max() for g in plain_grads)
   for g, p in zip(grads, plain_grads): close(g, p, rtol=0, atol=1e-5 * greatest)
 
-def test_fourier_features(way):
-  """On each level the waves of period one and two levels are known; and they are what conv_in sees beside x."""
-  k = np.arange(256)
-  sin_2, cos_2, sin_1, cos_1 = [w.numpy() for w in unet.waves(Tensor((k/127.5 - 1).astype(np.float32)), (7, 8))]
-  close(sin_2, (-1.)**k, atol=1e-3)  # sin(π k − 127.5 π)
-  close(cos_2, 0*k, atol=1e-3)
-  close(sin_1, 0*k, atol=1e-3)
-  close(cos_1, 0*k - 1, atol=1e-3)
-  model, x, t = random_model(fourier=(2,)), arr(2, 1, 8, 8), Tensor(np.array([3, 800], np.int32))
-  seen = np.concatenate([x, np.sin(255/64*np.pi*x), np.cos(255/64*np.pi*x)], 1)  # three channels of any network
-  other = random_model(in_channels=3)
-  state, theirs = nn.state.get_state_dict(model), nn.state.get_state_dict(other)
-  for name, v in theirs.items():
-    if "conv_out" not in name: v.replace(state[name])
-  other.conv_out = model.conv_out
-  close(model(Tensor(x), t).numpy(), other(Tensor(seen), t).numpy(), atol=1e-4)
-
 @pytest.mark.parametrize("case", ["diffusers_tiny", "diffusers_tiny_old_names"])
 def test_known_answers(case, way):
   if not (GOLDEN/case).exists(): pytest.skip("the known answers are not on this machine")
@@ -189,7 +172,6 @@ def test_known_answers(case, way):
 
 @pytest.mark.parametrize("wrong,word", [
   ({"image_size": 9}, "divide"), ({"norm_groups": 3}, "groups"), ({"channels": 7}, "even|groups"),
-  ({"dropout": 1.0}, "dropout"), ({"channel_mult": ()}, "size"), ({"num_classes": -1}, "size"),
-  ({"fourier": (-1,)}, "size")])
+  ({"dropout": 1.0}, "dropout"), ({"channel_mult": ()}, "size"), ({"num_classes": -1}, "size")])
 def test_sizes_that_do_not_fit(wrong, word):
   with pytest.raises(ValueError, match=word): unet.UNet(**{**TINY, **wrong})
