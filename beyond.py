@@ -9,7 +9,7 @@ from tinygrad import Tensor
 import data
 from ddpm import DDPM, Model
 from files.device import captured
-from files.estimates import choose, geometric, in_batches, tensors
+from files.estimates import choose, in_batches, tensors
 from files.pictures import picture
 from files.streams import stream
 
@@ -74,14 +74,19 @@ def ode_grid(ddpm:DDPM, steps:int, start:float) -> list[tuple[float, int]]:
   """The ODE's steps from noise of the deviation `start` in x to time T, where x is N(0, I): (s, t), the deviation in y
   and the time at which the model is asked there.
 
-  Whole times that widen in a constant ratio. No model knows times below 1: up to the first whole time above `start` it
-  is asked for x̂_0 at that time."""
+  Whole times between which log s grows evenly, as far as there are such. No model knows times below 1: up to the first
+  whole time above `start` it is asked for x̂_0 at that time."""
   at, s_0 = np.sqrt(1 / ddpm.alpha_bar - 1), start / math.sqrt(1 - start**2)
   first = max(1, int(np.searchsorted(at, s_0)))
   below = max(1, round(steps * math.log(at[first] / s_0) / math.log(at[-1] / s_0))) if start else 1  # to time `first`
-  whole = geometric(ddpm.T, min(steps - below, ddpm.T - first), first) if steps > below else [ddpm.T]
+  whole = np.array([ddpm.T])
+  if (n := min(steps - below, ddpm.T - first)) > 0:
+    width = np.diff(np.log(at[first:]))
+    most = (np.sort(width).cumsum()[::-1][:n] / np.arange(n, 0, -1)).min()  # Σ min(width, most) = n most
+    place = np.append(0, np.minimum(width, most).cumsum())                  # a wider one is a step by itself
+    whole = first + np.searchsorted(place, most * np.arange(n + 1) * (1 - 1e-9))
   s = [*(np.geomspace(s_0, at[first], below + 1)[:-1] if start else [0.0]), *at[whole]]
-  return list(zip(s, [first] * below + list(whole)))
+  return list(zip(s, [first] * below + whole.tolist()))
 
 def on_levels(x0_hat:Tensor, s:Tensor) -> Tensor:
   """x̂_0, the mean of x_0 given y = x_0 + s ε, where x_0 is known to be one of the 256 levels: a Tensor (B, C, H, W).

@@ -23,8 +23,8 @@ def in_batches(step:Callable[[np.ndarray, Callable], np.ndarray], n:int, size:in
     parts = [step(np.minimum(np.arange(k, k + size), n - 1), bar.update) for k in starts]
   return np.concatenate(parts, -1)[..., :n]
 
-def geometric(T:int, n:int, first:int=1) -> np.ndarray:
-  """n + 1 whole numbers from `first` to T, each above the one before, in a constant ratio as far as that allows."""
-  g = [first]
+def geometric(T:int, n:int) -> np.ndarray:
+  """n + 1 whole numbers from 1 to T, each above the one before, in a constant ratio as far as that allows."""
+  g = [1]
   for left in range(n, 0, -1): g.append(max(g[-1] + 1, round(g[-1] * (T / g[-1]) ** (1 / left))))
   return np.array(g)

@@ -1,10 +1,10 @@
 """evaluate.py and beyond.py: which terms of the bound are drawn, rate and distortion, the ODE, outliers, programs."""
-import json, math, subprocess, sys, types
+import itertools, json, math, subprocess, sys, types
 import numpy as np
 import pytest
 from PIL import Image
 import beyond, data, evaluate
-from beyond import auc, ode_bpd, ode_log_density
+from beyond import auc, ode_bpd, ode_grid, ode_log_density
 from common import ROOT, close, f32, rng
 from ddpm import DDPM
 from evaluate import bound, rate_distortion, times, trajectory_bound
@@ -196,7 +196,7 @@ def mixture_model(d, a, s):
   var, mean, sigma = table(ab * s * s + 1 - ab), table(np.sqrt(ab) * a), table(np.sqrt(1 - ab))
   return lambda x, t: sigma(t) * (x - mean(t) * (x * mean(t) / var(t)).tanh()) / var(t)
 
-@pytest.mark.parametrize("schedule", ("linear", "cosine"))
+@pytest.mark.parametrize("schedule", ("linear", "cosine", "geometric"))
 def test_ode_density_of_a_mixture(schedule):
   d, x = DDPM(schedule=schedule), rng(3).normal(0, 0.12, (8, 1, 1, 2)) + 0.5 * rng(4).choice([-1, 1], (8, 1, 1, 2))
   x[0] = 0.0, 0.1  # between the modes too
@@ -220,6 +220,19 @@ def test_hutchinson_on_correlated_pixels():
   assert draws.std() > 0.01 and abs(draws.mean() - exact[0]) < 4 * draws.std() / 20
   assert 0.4 < more.std() / draws.std() < 0.6
   assert 0.4 < ode_log_density(d, model, x, 40, probes=1, batch=400).numpy().std() / draws.std() < 0.7
+
+@pytest.mark.parametrize("schedule", ("linear", "cosine", "quad", "const", "geometric"))
+def test_ode_grid(schedule):
+  """Every number of steps up to T there is; between wide whole times each is taken, elsewhere log s grows evenly."""
+  for T, start in itertools.product((1, 2, 10, 1000), (0.0, 1 / 765)):
+    d = DDPM(T, schedule=schedule)
+    for n in {1, 2, 5, T // 2, T - 1, T} & set(range(1, T + 1)):
+      s, t = map(np.array, zip(*ode_grid(d, n, start)))
+      assert len(t) <= n + 1 and (start or len(t) == n + 1) and t[-1] == T and (np.diff(s) > 0).all()
+      assert s[-1] == math.sqrt(1 / d.alpha_bar[-1] - 1) and s[0] == pytest.approx(start, rel=1e-4)
+  s, t = map(np.array, zip(*ode_grid(d, 50, 1 / 765)))
+  wide = np.diff(np.log(s))
+  close(wide[(np.diff(t) > 1) & (t[:-1] > 50)], np.median(wide), rtol=0.2)
 
 def test_ode_steps():
   d, x, asked = DDPM(12, 0.01, 0.5), rng().normal(0, 0.3, (1, 1, 1, 1)), []
