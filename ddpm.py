@@ -28,8 +28,8 @@ def make_beta(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
     f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2  # ᾱₜ = f(t)/f(0)
     beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
   if schedule == "geometric":        # not in the paper: log(ᾱₜ/(1−ᾱₜ)) falls evenly, as in Kingma et al. 2021
-    alpha_bar = 1 / (1 + beta_1 / (1 - beta_1) / (1 - beta_T) ** np.arange(T))
-    beta = np.append(beta_1, 1 - alpha_bar[1:] / alpha_bar[:-1])
+    snr = (1 - beta_1) / beta_1 * (1 - beta_T) ** np.arange(T)  # ᾱₜ/(1−ᾱₜ), by which βₜ = β_T (1−ᾱₜ) from t = 2 on
+    beta = np.append(beta_1, beta_T / (1 + snr[1:]))
   return np.append(0.0, beta)
 
 class DDPM:
