@@ -16,9 +16,9 @@ sample: setup
 evaluate: setup
 	@$(PY) evaluate.py $(ARGS)
 bench: setup
-	@$(PY) bench.py $(ARGS)
+	@$(PY) -m tools.bench $(ARGS)
 gpu-report: setup .venv/pytest
-	@$(PY) -m files.report $(ARGS)
+	@$(PY) -m tools.report $(ARGS)
 test: setup .venv/pytest
 	@POCL_EXTRA_BUILD_FLAGS=-w $(PY) -m pytest -q -n 2 $(ARGS)
 lint: .venv/pytest

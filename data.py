@@ -13,8 +13,8 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from files.atomic import atomic
-from files.streams import stream
-from files.terminal import progress
+from engine.streams import stream
+from files.bar import progress
 
 DATASETS = ("glyphs", "mnist", "fashion_mnist", "cifar10")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

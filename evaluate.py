@@ -13,14 +13,16 @@ import numpy as np
 from PIL import Image
 from tinygrad import Tensor
 import data
-from beyond import auc, contrast, ode_bpd, read_npz, sliced_wasserstein
+from extras.likelihood import ode_bpd
+from extras.quality import auc, contrast, read_npz, sliced_wasserstein
 from ddpm import DDPM, Model, bits_per_dim
 from files import checkpoint, pictures
 from files.atomic import atomic
-from files.device import captured, open_device
-from files.estimates import choose, geometric, in_batches, tensors
-from files.streams import stream
-from files.terminal import number, run
+from engine.capture import captured
+from engine.device import open_device
+from engine.batches import choose, geometric, in_batches, tensors
+from engine.streams import stream
+from engine.terminal import number, run
 from unet import DTYPES, UNet, lower
 
 # *** Section 3.3, Eq. 5: the bound ***

@@ -25,9 +25,11 @@ from tinygrad import Tensor
 import data
 from ddpm import DDPM, Model, Time, column
 from files import checkpoint, pictures
-from files.device import captured, open_device, placed
-from files.streams import stream
-from files.terminal import number, progress, run
+from engine.capture import captured, placed
+from engine.device import open_device
+from engine.streams import stream
+from engine.terminal import number, run
+from files.bar import progress
 from unet import DTYPES, UNet, lower
 
 Steps = int | Sequence[int]

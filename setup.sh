@@ -4,7 +4,7 @@ py=$1
 check() {  # says what is wrong: 1 what clang would not mend, 2 no clang and no other device
   PLAIN=1 "$py" -c 'if True:
     import contextlib, io, os, sys
-    from files.device import clang, open_device
+    from engine.device import clang, open_device
     try:
       with contextlib.redirect_stderr(io.StringIO()): open_device()
     except RuntimeError as e:

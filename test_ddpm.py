@@ -11,7 +11,7 @@ import pytest
 from common import close, f32, rng
 from ddpm import DDPM, column, discretized_log_likelihood, kl_normal, log_cdf
 from evaluate import bound, times, trajectory_bound
-from files.streams import stream
+from engine.streams import stream
 from sample import SAMPLERS, ddim_encode, ddim_step, draw_x_T, guided, normals, timesteps
 from tinygrad import Device, Tensor, TinyJit
 

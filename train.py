@@ -13,10 +13,12 @@ from tinygrad.dtype import DType
 import data, sample
 from ddpm import DDPM
 from files import checkpoint, pictures
-from files.atomic import atomic, claim
-from files.device import captured, inside, open_device, placed
-from files.streams import stream
-from files.terminal import clock, number, run, stoppable
+from engine.folder import claim
+from files.atomic import atomic
+from engine.capture import captured, inside, placed
+from engine.device import open_device
+from engine.streams import stream
+from engine.terminal import clock, number, run, stoppable
 from files.weights import read_tensors, write_tensors
 from unet import DTYPES, UNet
 

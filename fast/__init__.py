@@ -8,7 +8,7 @@ unnecessary. They are made by `setup`, never by an import.
 from __future__ import annotations
 import functools, os
 from collections.abc import Callable
-from files.device import find_compiler
+from engine.device import find_compiler
 from tinygrad import Device, Tensor, dtypes
 
 def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")

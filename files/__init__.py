@@ -1,1 +1,1 @@
-"""What serves the scripts and is no part of the paper: checkpoints, pictures, random streams, device, terminal."""
+"""What is read and written: checkpoints, weights, datasets, pictures."""

@@ -42,19 +42,3 @@ def sweep(folder:Path) -> None:
     with contextlib.suppress(OSError), open(path, "r+b") as f:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
       path.unlink()
-
-@contextlib.contextmanager
-def claim(folder:Path) -> Iterator[None]:
-  """Makes the folder, and keeps every other program that claims it out until this one ends, however it ends.
-
-  OSError if the folder cannot be written or another has it. Where the file system knows no locks, none is kept out."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder/".lock", "wb")  # noqa: SIM115
-  except OSError as e: raise OSError(f"cannot write {folder}: {e.strerror or e}") from e
-  with lock:
-    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise OSError(f"{folder} is in use by another program: wait for its end, or name another") from None
-    except OSError: pass
-    yield

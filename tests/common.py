@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, nn
 import unet
-from files.device import find_compiler
+from engine.device import find_compiler
 
 find_compiler()  # as a program does when it opens its device
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ from common import ROOT, close, f32, rng
 from ddpm import DDPM
 from evaluate import bound, rate_distortion, times, trajectory_bound
 from files import checkpoint, estimates, pictures
-from files.estimates import geometric
-from files.streams import stream
+from engine.batches import geometric
+from engine.streams import stream
 from test_ddpm import gaussian_images, gaussian_model, scaled, some_images, table
 from tinygrad import Tensor
 

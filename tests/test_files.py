@@ -6,7 +6,7 @@ import train, unet
 from common import GOLDEN, ROOT, TINY, arr, random_model, refused
 from files import checkpoint, hub, pictures, terminal
 from files.atomic import atomic, sweep
-from files.streams import USES, stream
+from engine.streams import USES, stream
 from files.weights import read_tensors, write_tensors
 from PIL import Image
 from tinygrad import nn

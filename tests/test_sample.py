@@ -8,7 +8,7 @@ from tinygrad import Tensor
 import data, sample
 from ddpm import DDPM, column
 from files import checkpoint, pictures
-from files.terminal import run
+from engine.terminal import run
 from sample import SAMPLERS, draw_x_T, guided
 from unet import UNet
 
@@ -211,7 +211,7 @@ def test_ctrl_c_that_a_del_swallows():
 def test_compiling_processes_end_with_their_program(code):
   code = f"""import time
 from tinygrad.engine import worker
-from files.device import open_device
+from engine.device import open_device
 pool = worker.get_worker_pool
 {code}"""
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PARALLEL": "2"}, timeout=60, check=True)

@@ -8,9 +8,9 @@ import argparse, contextlib, dataclasses, json, os, platform, re, shutil, signal
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from bench import by_name, logged
+from tools.bench import by_name, logged
 from files.atomic import atomic
-from files.terminal import number, run
+from engine.terminal import number, run
 
 ROOT = Path(__file__).parent.parent
 PY = sys.executable
@@ -67,7 +67,7 @@ def device(r:Report) -> str:
 
 def about():
   """Prints what tinygrad says of the device, as JSON."""
-  from files.device import is_processor, open_device
+  from engine.device import is_processor, open_device
   from tinygrad import Device
   name = open_device()
   d = Device[name]

@@ -14,8 +14,9 @@ from tinygrad import Device, GlobalCounters, Tensor, helpers
 from tinygrad.uop.ops import Ops, UOp
 import train, unet
 from ddpm import DDPM
-from files.device import captured, open_device, placed
-from files.terminal import number, run
+from engine.capture import captured, placed
+from engine.device import open_device
+from engine.terminal import number, run
 
 # The networks of train.py's presets, and the published one for images of 256x256: flags, channels and size of images.
 NETWORKS:dict[str, tuple[list[str], int, int]] = {

@@ -1,11 +1,8 @@
-"""A program at the terminal: numbers of its command line, a progress bar, and how it ends."""
+"""A program at the terminal: numbers of its command line, and how it ends."""
 from __future__ import annotations
-import argparse, contextlib, math, shutil, signal, sys, time
-from collections.abc import Callable, Iterable, Iterator
+import argparse, contextlib, math, signal, sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
-
-T = TypeVar("T")
 
 def number(kind:type, low:float, high:float=math.inf) -> Callable[[str], float]:
   """An argparse type: an int or a float within low..high."""
@@ -21,22 +18,6 @@ def clock(seconds:float) -> str:
   """h:mm:ss, with as many hours as it takes."""
   minutes, s = divmod(round(seconds), 60)
   return f"{minutes//60}:{minutes%60:02}:{s:02}"
-
-def progress(items:Iterable[T], desc:str, total:int=0, weigh:Callable[[T], int]=lambda item: 1) -> Iterator[T]:
-  """Yields the items and shows on stderr how far they are: a bar on a terminal, elsewhere a line every few seconds.
-  total: the sum of weigh(item) over all items, 0 if unknown."""
-  tty, done, shown, begun = sys.stderr.isatty(), 0, time.monotonic(), False
-  try:
-    for item in items:
-      yield item
-      done, now = done + weigh(item), time.monotonic()
-      if now - shown < (0.2 if tty else 5): continue
-      shown, begun, part = now, True, min(1, done / total) if total else 0
-      bar = f"[{'#' * int(20 * part):20}] {part:4.0%}" if total else f"{done:,}"
-      text = f"{bar} {desc}"[:shutil.get_terminal_size().columns - 1]
-      print(f"\r\033[K{text}" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
-  finally:
-    if tty and begun: print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[list[int]]:

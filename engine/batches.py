@@ -3,7 +3,7 @@ from collections.abc import Callable
 import numpy as np
 from tinygrad import Tensor
 from tinygrad.helpers import tqdm
-from files.streams import stream
+from engine.streams import stream
 
 def choose(total:int, n:int, seed:int, use:str) -> np.ndarray:
   """n of the indices below `total`, in order, or all if there are fewer. use: a word of `stream`."""

@@ -1,0 +1,1 @@
+"""How a step is run: the device, the JIT, flat buffers, a run's folder, random streams, the terminal."""

@@ -1,0 +1,1 @@
+"""For whoever measures: speed here, a card that is not here, a report of a card that is, PyTorch beside it."""
