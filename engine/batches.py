@@ -1,9 +1,11 @@
-"""What the estimates of evaluate.py and beyond.py share: a choice of images, batches, times in a constant ratio."""
-from collections.abc import Callable
+"""Work in batches of one size, so that one captured step serves them all; and which images and times are taken."""
+import math
+from collections.abc import Callable, Sequence
 import numpy as np
 from tinygrad import Tensor
 from tinygrad.helpers import tqdm
 from engine.streams import stream
+from files.bar import progress
 
 def choose(total:int, n:int, seed:int, use:str) -> np.ndarray:
   """n of the indices below `total`, in order, or all if there are fewer. use: a word of `stream`."""
@@ -28,3 +30,22 @@ def geometric(T:int, n:int) -> np.ndarray:
   g = [1]
   for left in range(n, 0, -1): g.append(max(g[-1] + 1, round(g[-1] * (T / g[-1]) ** (1 / left))))
   return np.array(g)
+
+def drawing(sampler:Callable, labelled:Callable, most:int) -> Callable[..., dict]:
+  """draw(x, labels, times, keep=(0,), index=None) takes x (N, C, H, W) down `times`, at most `most` images at once:
+  {t: (x_t, x̂_0)} for the t in keep. index: whose noise each image gets, 0 .. N−1 by default.
+
+  sampler(model, x, times, first=index) as in sample.py; labelled(labels) is a model of these labels."""
+  def draw(x:np.ndarray, labels:np.ndarray, times:list[int], keep:Sequence[int]=(0,),
+           index:np.ndarray|None=None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    n, index = len(x), np.arange(len(x)) if index is None else index
+    size = math.ceil(n / math.ceil(n / most))
+    out:dict[int, tuple[list, list]] = {t: ([], []) for t in keep}
+    for i in range(0, n, size):
+      at = np.arange(i, i + size) % n  # the last batch is filled up, and cut again below
+      visits = sampler(labelled(labels[at]), x[at], times, first=index[at])
+      desc = f"images {i + 1}-{min(i + size, n)} of {n}"
+      for t, *pair in progress(visits, desc, len(times) - 1):
+        for kept, v in zip(out.get(t, ()), pair): kept.append(v.numpy())
+    return {t: (np.concatenate(x)[:n], np.concatenate(x0)[:n]) for t, (x, x0) in out.items()}
+  return draw

@@ -1,33 +1,37 @@
-"""How a step is captured, and arrays put where it reads them."""
+"""How a step is captured, and how arrays are put where it reads them."""
 from __future__ import annotations
-import math
-from collections.abc import Callable
+import contextlib, math
+from collections.abc import Callable, Hashable
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.device import Allocator, Buffer
 from tinygrad.engine.jit import JitError
 from tinygrad.uop.ops import UOp
+try: from fast import prepare, scope
+except ImportError:
+  scope = contextlib.nullcontext  # type: ignore[assignment]
+  def prepare(device:str): pass
 
-def captured(step:Callable, kept:dict|None=None, *key) -> Callable:
-  """step(*tensors) -> tensors as one TinyJit, captured in its first call: a fresh TinyJit's call 0 runs uncaptured, to
-  let lazy state settle, and here there is none. The next call writes its outputs over those of the call before.
+def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
+  """step(*tensors) -> tensors, as one TinyJit that its first call captures. Each later call writes its outputs over
+  those of the call before. A step that reads a tensor's values on the host, as a model in numpy does, cannot be
+  captured: it runs as it is.
 
-  A step that reads a tensor's values on the host, as a model in numpy does, cannot be captured and runs as it is.
-  kept: a dict that keeps the captured step for the next caller with the same code, `key` and enclosed variables."""
-  kept = {} if kept is None else kept
-  # all that the step encloses is a part of the key: with another eta or model it is another step
-  full = (step.__code__, *key, *(cell.cell_contents for cell in step.__closure__ or ()))
-  if full in kept: return kept[full]
+  kept: a dict that keeps the captured step for the next caller with the same key. The key names all that makes it
+  another step: what it does, its options, the id of each object that it uses. The dict also keeps these objects alive,
+  so that no other object gets such an id."""
+  if kept is not None and key in kept: return kept[key]
   jit = TinyJit(step)
-  jit.cnt = 1
+  jit.cnt = 1  # a fresh one would run call 0 uncaptured, for the sake of lazy state; here nothing is lazy
   runs:list[Callable] = [jit]
   def call(*tensors:Tensor):
-    if runs[0] is jit and jit.cnt == 1:
-      try: return jit(*tensors)
+    if jit.captured is not None: return jit(*tensors)
+    with scope():
+      try: return runs[0](*tensors)
       except JitError: runs[0] = step
-    return runs[0](*tensors)
-  call.jit = jit  # type: ignore[attr-defined]  # for who counts its kernels
-  kept[full] = call
+      return step(*tensors)
+  call.jit = jit  # type: ignore[attr-defined]  # its kernels can be counted
+  if kept is not None: kept[key] = call
   return call
 
 def placed(array:np.ndarray, device:str) -> Tensor:
@@ -39,11 +43,12 @@ def placed(array:np.ndarray, device:str) -> Tensor:
   return Tensor(UOp.from_buffer(made, device)).reshape(array.shape)
 
 def inside(flat:Tensor, device:str, start:int, shape:tuple[int, ...]) -> Tensor:
-  """The part of a flat tensor that begins at `start` on this device, with a buffer of its own that lies within flat's.
+  """The part of a flat tensor that begins at `start` on this device, as a buffer of its own within flat's buffer.
 
-  A slice would have its place written into each kernel that touches it, and each of these be compiled by itself. It is
-  one where the device knows no such buffers (WebGPU). To tinygrad the two are strangers: realize what writes the one
-  before what reads the other is made."""
+  The place of a slice would be written into each kernel that touches it, and each part would need its own kernels.
+  On a device without such buffers (WebGPU) the part is a slice. tinygrad does not know that a part and `flat` share
+  memory: realize what writes to one before building what reads from the other."""
+  prepare(device)
   size, buffer = math.prod(shape), flat.uop.base.buffer
   if isinstance(buffer, Buffer) and type(Device[device].allocator)._offset is Allocator._offset:
     return flat.reshape(-1)[start:start+size].reshape(shape)

@@ -1,19 +1,16 @@
 """The device a program runs on."""
 from __future__ import annotations
-import ctypes, functools, os, shutil, signal, sys
+import ctypes, os, shutil, sys
 from tinygrad import Device
-from tinygrad.engine import worker
 from tinygrad.helpers import ALLOW_TF32, DEV
 
-@functools.cache
-def clang(named:str|None=None) -> str|None:
-  """The C compiler for tinygrad's CPU device: `named` ($CC), else the newest clang, which Debian calls clang-19."""
-  names = [named] if named else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
-  return next((c for n in names if (c := shutil.which(n))), None)
-
 def find_compiler() -> str|None:
-  """Sets $CC, which tinygrad reads, to the path of `clang`, if there is one."""
-  if found := clang(os.environ.get("CC")): os.environ["CC"] = found
+  """The C compiler for tinygrad's CPU device: $CC, else the newest clang. Sets $CC to its path, for tinygrad to read."""
+  named = os.environ.get("CC")
+  try: from fast.clang import newest
+  except ImportError: found = shutil.which(named or "clang")
+  else: found = newest(named)
+  if found: os.environ["CC"] = found
   return found
 
 def is_processor(device:str) -> bool:
@@ -23,23 +20,18 @@ def is_processor(device:str) -> bool:
   cl.clGetDeviceInfo(Device[device].cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)  # type: ignore[attr-defined]
   return not kind.value & cl.CL_DEVICE_TYPE_GPU and bool(kind.value & cl.CL_DEVICE_TYPE_CPU)
 
-initializer = worker._init_worker
-
-def start_worker():
-  """What each of tinygrad's compiling processes begins with. They ignore Ctrl-C, and here SIGTERM as well: the main one
-  stops when its step is done, and would wait for ever for what a killed one owes it. (`timeout`, say, signals all.)"""
-  initializer()
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
 def open_device(tf32:bool=False) -> str:
-  """Opens the device that $DEV names, else the first that tinygrad finds, sets up fast/ and says on stderr which it is.
+  """Opens the device that $DEV names, else the first that tinygrad finds, and says on stderr which it is. For programs:
+  it sets environment variables, which processes that compile inherit.
 
   tf32: NVIDIA's tensor cores may round the operands of float32 products to 10 bits.
-  An OpenCL device that is the processor itself comes after tinygrad's own CPU device, which is quicker to start.
-  RuntimeError, in one sentence, when there is none, $DEV names one that is not there, or its compiler is missing."""
+  tinygrad's CPU device is preferred to an OpenCL device that is the processor itself, because it starts sooner.
+  RuntimeError, in one sentence, if there is no device, $DEV names one that is not there, or its compiler is missing."""
   if tf32: os.environ["ALLOW_TF32"], ALLOW_TF32.value = "1", 1
   asked, compiler = os.environ.get("DEV", ""), find_compiler()
-  os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-w")  # PoCL prints its compiler's warnings, which no user can act on
+  # no user can act on the warnings of a kernel's compiler: clang, also inside of PoCL
+  os.environ.setdefault("CCC_OVERRIDE_OPTIONS", "#+-w")
+  os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-w")
   missing = ("" if asked else "no GPU was found and ") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
     "apt-get install clang; macOS: xcode-select --install) or set CC to where it is"
   try:
@@ -54,11 +46,5 @@ def open_device(tf32:bool=False) -> str:
                        f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
   # tinygrad would not miss it before the first kernel that its cache does not hold
   if uses_clang and not compiler: raise RuntimeError(missing)
-  if worker.worker_pool is None:  # those of a pool that runs would no longer find what they begin with
-    worker._init_worker = start_worker
-    worker._WorkerProcess.terminate = worker._WorkerProcess.kill  # type: ignore[method-assign]  # tinygrad ends them so
-  try: from fast import setup
-  except ImportError: pass
-  else: setup()
   print(f"device: {device}" + ("" if asked else "  (another: DEV=CUDA, METAL, AMD, CL, CPU)"), file=sys.stderr)
   return device

@@ -1,11 +1,12 @@
 """Named streams of random numbers: a word for each use, so that no two uses ever share their numbers."""
+from collections.abc import Sequence
 import numpy as np
 
 # A stream's place here is part of its seed: new words go to the end. (The network's initial weights, which unet.py
 # draws without this file, are a stream of their own as well.)
 USES = ("", "x_T", "z", "latents", "interpolated images", "order of classes", "order of images", "flip",
         "training step", "noise of the bound", "times of the bound", "evaluated images", "dequantization", "probes",
-        "directions", "other images")
+        "directions", "other images", "held-out images")
 
 def stream(seed:int, use:str, *index:int) -> np.random.Generator:
   """The generator of one `use` (a word of USES) of a seed; index: the image, step or epoch that it is for.
@@ -14,3 +15,7 @@ def stream(seed:int, use:str, *index:int) -> np.random.Generator:
   an unknown use."""
   if seed < 0: raise ValueError(f"a seed must be 0 or more, not {seed}")
   return np.random.default_rng([seed, 0x5A, USES.index(use), *map(int, index)])
+
+def normals(rngs:Sequence[np.random.Generator], shape:Sequence) -> np.ndarray:
+  """The next N(0, I) of each generator: float32 (N, *shape)."""
+  return np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])

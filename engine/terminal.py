@@ -1,8 +1,43 @@
 """A program at the terminal: numbers of its command line, and how it ends."""
 from __future__ import annotations
-import argparse, contextlib, math, signal, sys
+import argparse, contextlib, math, signal, sys, threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+def parser(program:str, description:str, **options) -> argparse.ArgumentParser:
+  """A command line that says what is wrong with it by a ValueError, as everything else does."""
+  p = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False, **options)
+  def refuse(message:str): raise ValueError(message)
+  p.error = refuse  # type: ignore[method-assign, assignment]
+  return p
+
+def field_flag(p:argparse.ArgumentParser, name:str, kind:str, default:Any, help:str, low:float, high:float,
+               choices:tuple|None):
+  """A flag for a field of a dataclass: its name with hyphens. A bool is --name or --no-name."""
+  options:dict = {"dest": name, "help": help if default is None else f"{help} ({show(default)})"}
+  if kind == "bool": options["action"] = argparse.BooleanOptionalAction
+  elif choices: options["choices"] = choices
+  elif kind == "tuple": options["type"] = numbers
+  elif kind in ("int", "float"): options["type"] = number({"int": int, "float": float}[kind], low, high)
+  elif kind.startswith("int|tuple"): options["type"] = size
+  p.add_argument("--" + name.replace("_", "-"), **options)
+
+def show(value:Any) -> str: return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+def numbers(text:str) -> tuple[int, ...]:
+  """An argparse type: whole numbers from 1 up, such as 1,2,2; none for an empty text."""
+  try: values = tuple(int(v) for v in text.split(",") if v)
+  except ValueError: values = (0,)
+  if min(values, default=1) >= 1: return values
+  raise argparse.ArgumentTypeError(f"it takes whole numbers from 1 up, such as 1,2,2, not {text!r}")
+
+def size(text:str) -> int|tuple[int, ...]:
+  """An argparse type: 64, or 64x128, height first."""
+  sides = text.split("x")
+  if len(sides) > 2 or not all(s.isdigit() and 1 <= int(s) <= 4096 for s in sides):
+    raise argparse.ArgumentTypeError(f"it takes 1 to 4096 pixels, such as 64 or 64x128, not {text!r}")
+  return int(text) if len(sides) == 1 else tuple(map(int, sides))
 
 def number(kind:type, low:float, high:float=math.inf) -> Callable[[str], float]:
   """An argparse type: an int or a float within low..high."""
@@ -22,8 +57,11 @@ def clock(seconds:float) -> str:
 @contextlib.contextmanager
 def stoppable() -> Iterator[list[int]]:
   """A list that stays empty until Ctrl-C or SIGTERM asks to stop, and then holds the signal. A second Ctrl-C stops at
-  once; a second SIGTERM does not: programs such as timeout send two."""
+  once; a second SIGTERM does not: programs such as timeout send two. Outside of the main thread nothing asks."""
   asked:list[int] = []
+  if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+    yield asked
+    return
   def ask(signum:int, frame:object):
     asked.append(signum)
     signal.signal(signal.SIGINT, signal.default_int_handler)

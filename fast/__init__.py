@@ -1,48 +1,63 @@
-"""What makes tinygrad quick here: operations of the network as kernels of our own, all CPU cores, a quick start.
+"""What makes tinygrad quick here: the network's operations as kernels of our own, all CPU cores, a quick start.
 
-Nothing in this folder changes a number beyond rounding. PLAIN=1 leaves all of it out, and so does deleting the folder:
-unet.py then runs its own operations. One file for each purpose; each change to tinygrad's own behaviour stands in
-`compiler.py`, `cores.py`, `opencl.py` or `quickstart.py`, with what it gains and what in tinygrad would make it
-unnecessary. They are made by `setup`, never by an import.
+Nothing in this folder changes a number beyond rounding. All of it happens inside of `scope`, in which captured steps
+are made: outside of it unet.py runs its own operations, and other networks in the same program find tinygrad as it was.
+PLAIN=1 leaves this folder out, and so does deleting it. It knows tinygrad alone. Each change to tinygrad's own
+behaviour is here, with what it gains and what in tinygrad would make it unnecessary.
 """
 from __future__ import annotations
-import functools, os
-from collections.abc import Callable
-from engine.device import find_compiler
+import contextlib, functools, os
+from collections.abc import Callable, Iterator
 from tinygrad import Device, Tensor, dtypes
 
 def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
 
-def setup():
-  """Called where a program opens its device, where a network is built, and by each operation; once is enough."""
-  compiler_is_found()
-  if not plain(): install()
+def prepare(device:str):
+  """What a device needs before parts of its buffers can be used; it stays (see opencl.py)."""
+  if plain() or not device.startswith("CL"): return
+  from fast import opencl
+  opencl.install()
 
 @functools.cache
-def compiler_is_found() -> bool: return find_compiler() is not None
+def changes(device:str, plainly:bool) -> list[tuple]:
+  """(object, name of its attribute, value) of each change that makes the device quick."""
+  from fast import compiler, cores, quickstart, workers
+  found = workers.changes()
+  if plainly: return found
+  if device.startswith("CPU"): found += compiler.changes() + cores.changes()
+  return found + quickstart.changes()
 
-@functools.cache
-def install():
-  from fast import compiler, cores, opencl, quickstart
+entered = False
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+  """Inside of it the network and tinygrad are quick on the default device; after it tinygrad is as it was before."""
+  global entered
+  if entered:
+    yield
+    return
   try: device = Device[Device.DEFAULT].device
-  except Exception: return  # no device: whoever opens it says so
-  if device.startswith("CPU"):
-    compiler.install()
-    cores.install()
-  if device.startswith("CL"): opencl.install()
-  quickstart.install()
+  except Exception: device = ""  # whatever uses the device says what is wrong with it
+  prepare(device)
+  with contextlib.ExitStack() as undo:
+    for owner, name, value in changes(device, plain()):
+      if name in vars(owner): undo.callback(setattr, owner, name, vars(owner)[name])
+      else: undo.callback(delattr, owner, name)
+      setattr(owner, name, value)
+    entered = True
+    try: yield
+    finally: entered = False
 
 def quick(plainly:Callable) -> Callable:
-  """Runs the operation of this name in cpu.py or gpu.py in the place of unet.py's own, unless PLAIN=1 is set."""
+  """Inside of `scope`, runs cpu.py's or gpu.py's operation of this name in the place of unet.py's own."""
   @functools.wraps(plainly)
   def operation(*args, **options):
-    setup()
-    if plain(): return plainly(*args, **options)
+    if plain() or not entered: return plainly(*args, **options)
     from fast import cpu, gpu
     x, name = args[0], plainly.__name__
     if not gpu.first(x).startswith("CPU"): return getattr(gpu, name)(*args, **options)
     if x.dtype == dtypes.float32: return getattr(cpu, name)(*args, **options)
-    # a processor has no quicker arithmetic for the others: they are rounded to the type and computed with in float32
+    # a processor has no quicker arithmetic for the other types: round to the type, compute in float32
     wide = [a.float() if isinstance(a, Tensor) else a for a in args]
     return getattr(cpu, name)(*wide, **options).cast(x.dtype)
   return operation

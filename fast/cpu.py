@@ -1,17 +1,15 @@
 """The operations that unet.py marks `@quick`, for the CPU: sums and products as kernels of their own, which vectorize
-and which all cores share, and what lies between them in passes over memory."""
+and which all cores share. The rest is left to tinygrad, in passes over memory."""
 from __future__ import annotations
 import functools
-from fast.gpu import first, groups_of, launch, product
+from fast.gpu import first, groups_of, launch, phase_taps, product
 from fast.kernels import column_kernel, conv_kernel, pad_kernel, silu_slope, weight_kernel
 from fast.schedules import divisor
 from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
 
 def pad(x:Tensor, lo:int, hi:int) -> Tensor:
-  """x (B,H,W,C) with a border of zeros.
-
-  On its own: fused with what makes x, the test for the border is made for each number."""
+  """x (B,H,W,C) with a border of zeros: a kernel of its own, so that only copies are tested for the border."""
   if lo == hi == 0: return x.contiguous()
   B, H, W, C = x.shape
   part = functools.partial(pad_kernel, lo=lo, device=first(x))
@@ -24,16 +22,16 @@ def column_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
                 dtypes.float32, *(x.contiguous() for x in xs))
 
 def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
-  """(...,N) each -> (...,1): as columns first, which vectorise."""
+  """(...,N) each -> (...,1): first 16 partial sums, as columns, which vectorize."""
   shape, l = xs[0].shape, divisor(xs[0].shape[-1], 16)
   part = column_sum(*(x.reshape(-1, shape[-1]//l, l) for x in xs), op=op).reshape(*shape[:-1], l)
   return part.max(-1, keepdim=True) if op is Ops.MAX else part.sum(-1, keepdim=True)
 
 # *** convolution ***
 
-def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
+def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
   """unet.convolve."""
-  lo, hi = (w.shape[0]//2, w.shape[0]//2) if stride == 1 else (0, 1)
+  lo, hi = (w.shape[0]//2, w.shape[0]//2) if stride == 1 else (pad, 1-pad)
   return windows(x, w, *adds, stride=stride, lo=lo, hi=hi)
 
 def windows(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0) -> Tensor:
@@ -49,13 +47,11 @@ def windows(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0) 
     assert p == k-1-hi or stride == 2
     # dx at stride 1: g convolved with the flipped, transposed kernel
     if stride == 1: dx = windows(gp, w.flip((0, 1)).transpose(2, 3))
-    else:  # dx[2u+p] = Σₐ g[u−a] w[2a+p]: a convolution with 2x2 taps whose output channels are the 2x2 phases p
-      w2 = w.pad(((0, 4-k), (0, 4-k), None, None)).reshape(2, 2, 2, 2, *w.shape[2:]).flip((0, 2))
-      dx = windows(pad(g, 1, 0), w2.permute(0, 2, 5, 1, 3, 4).reshape(2, 2, w.shape[3], -1))
+    else:
+      dx = windows(pad(g, hi, lo), phase_taps(w, lo, hi))
       dx = dx.reshape(B, H, W, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, 2*H, 2*W, -1)
       gp, p = g, 0
-    # dw: a sum for each of 16 groups of images, then over the groups: many short sums instead of one long one, and
-    # each group stays in the cache
+    # dw: a sum for each of 16 groups of images, then over the groups: the sums are short, and a group fits the cache
     dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (groups_of(g, 16), *w.shape),
                 dtypes.float32, xp, gp)
     dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0)
@@ -100,13 +96,13 @@ def softmax(s:Tensor) -> Tensor:
 
 # *** GroupNorm ***
 
-def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True) -> Tensor:
+def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True, eps:float=1e-6) -> Tensor:
   """unet.group_norm."""
-  return norm_function(groups, silu)(x, weight, bias)[0]
+  return norm_function(groups, silu, eps)(x, weight, bias)[0]
 
 @functools.cache
-def norm_function(groups:int, silu:bool):
-  """GroupNorm, then SiLU. y = f(z), z = (x − μ)/σ · weight + bias."""
+def norm_function(groups:int, silu:bool, eps:float):
+  """(x, weight, bias) -> f(z), x − μ and 1/σ: z = (x − μ)/σ · weight + bias, f SiLU or nothing."""
   def group_mean(v:Tensor, n:int) -> Tensor:  # (B,C) sums over the pixels -> (B,1,1,C) means over group and pixels
     B, C = v.shape
     v = v.reshape(B, groups, -1).sum(-1, keepdim=True) / (n*C//groups)
@@ -126,7 +122,7 @@ def norm_function(groups:int, silu:bool):
   def forward(x:Tensor, weight:Tensor, bias:Tensor) -> tuple[Tensor, ...]:
     n = x.shape[1]*x.shape[2]
     d = (x - group_mean(sums(x), n)).contiguous()
-    rstd = (group_mean(sums(d, d), n) + 1e-6).rsqrt().contiguous()
+    rstd = (group_mean(sums(d, d), n) + eps).rsqrt().contiguous()
     z = d * (rstd * weight.reshape(1, 1, 1, -1)).contiguous() + bias
     return (z.silu() if silu else z).contiguous(), d, rstd
   return function(forward, precompile=True, allow_implicit=True, grad_fxn=backward)

@@ -1,6 +1,6 @@
 """The operations that unet.py marks `@quick`, for devices with thousands of threads: products on tensor cores where
 there are some, in few kernels and few passes over memory. Padding, SiLU and additions are left to tinygrad, which fuses
-them with what makes or reads them; sums are in float32, whatever the type of x."""
+them with the kernels before and after. Sums are in float32, whatever the type of x."""
 from __future__ import annotations
 import functools
 from fast.kernels import column_kernel, conv_kernel, norm_gradient_kernel, product_kernel, silu_slope
@@ -10,14 +10,14 @@ from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops, UOp
 
 def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=None) -> Tensor:
-  """The output of a kernel; it lies like the first input, on one device or along its first axis on several."""
+  """The output of a kernel. It is where the first input is: on one device, or cut along its first axis on several."""
   device = inputs[0].device
   out = Tensor.empty(*shape, dtype=dtype, device=device) if isinstance(device, str) else \
     Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], dtype=dtype, device=device).uop.unshard(axis=0))
   return out.custom_kernel(*inputs, fxn=fxn, grad_fxn=grad_fxn)[0]
 
 def groups_of(x:Tensor, most:int, least:int=1) -> int:
-  """Into how many equal groups of `least` images or more x's are cut: at most so many for each device."""
+  """Into how many equal groups x's images are cut: at most `most` on each device, of `least` images or more."""
   devices = 1 if isinstance(x.device, str) else len(x.device)
   B = x.shape[0]//devices
   return devices * max(n for n in range(1, most+1) if B % n == 0 and (n == 1 or B//n >= least))
@@ -26,35 +26,43 @@ def first(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.
 
 # *** convolution ***
 
-def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1) -> Tensor:
+def phase_taps(w:Tensor, lo:int, hi:int) -> Tensor:
+  """The taps (2,2,O,4C) that lead from g, with `hi` zeros before and `lo` behind, to the gradient of x at stride 2.
+
+  dx[2u+p] = Σₐ g[u−a+lo] w[2a+p−lo]: a convolution with 2x2 taps whose output channels are the 2x2 phases p."""
+  taps = w.pad(((lo, hi), (lo, hi), None, None)).reshape(2, 2, 2, 2, *w.shape[2:]).flip((0, 2))
+  return taps.permute(0, 2, 5, 1, 3, 4).reshape(2, 2, w.shape[3], -1)
+
+def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
   """unet.convolve."""
-  return conv_function(stride, len(adds))(x, w, *adds)[0]
+  return conv_function(stride, pad, len(adds))(x, w, *adds)[0]
 
 @functools.cache
-def conv_function(stride:int, n:int):
+def conv_function(stride:int, pad:int, n:int):
   """(x, w, n adds) -> y and x with its border, which the gradient of w needs."""
   def forward(x:Tensor, w:Tensor, *adds:Tensor) -> tuple[Tensor, Tensor]:
-    (B, S, _, _), k, O = x.shape, w.shape[0], w.shape[3]
-    lo, hi = (k//2, k//2) if stride == 1 else (0, 1)
+    (B, H, W, _), k, O = x.shape, w.shape[0], w.shape[3]
+    lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)
     xp = x.pad((None, (lo, hi), (lo, hi), None))
     part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
-    return launch(part, (B, S//stride, S//stride, O), x.dtype, xp, w.cast(x.dtype), *adds), xp
+    return launch(part, (B, H//stride, W//stride, O), x.dtype, xp, w.cast(x.dtype), *adds), xp
 
   def backward(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
     x, w, *adds = [Tensor(u) for u in call.src[1:3+n]]
     xp, g, device = Tensor(call.gettuple(1)), Tensor(g).cast(x.dtype), first(x)
-    (B, S, _, C), (_, H, _, O), k, low = x.shape, g.shape, w.shape[0], w.cast(x.dtype)
+    B, H, W, C = x.shape
+    k, low = w.shape[0], w.cast(x.dtype)
     p = k//2 if stride == 1 else 0
     gp = g.pad((None, (p, p), (p, p), None))
     if stride == 1:
-      dx = launch(functools.partial(conv_kernel, stride=1, flipped=True, device=device), (B, S, S, C), x.dtype, gp, low)
-    else:  # dx[2u+p] = Σₐ g[u−a] w[2a+p]: a convolution with 2x2 taps whose output channels are the 2x2 phases p
-      taps = low.pad(((0, 1), (0, 1), None, None)).reshape(2, 2, 2, 2, C, O).flip((0, 2)).permute(0, 2, 5, 1, 3, 4)
-      dx = launch(functools.partial(conv_kernel, stride=1, flipped=False, device=device), (B, H, H, 4*C), x.dtype,
-                  g.pad((None, (1, 0), (1, 0), None)), taps.reshape(2, 2, O, 4*C))
-      dx = dx.reshape(B, H, H, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(B, S, S, C)
+      dx = launch(functools.partial(conv_kernel, stride=1, flipped=True, device=device), x.shape, x.dtype, gp, low)
+    else:
+      lo, hi = pad, 1-pad
+      dx = launch(functools.partial(conv_kernel, stride=1, flipped=False, device=device), (B, H//2, W//2, 4*C), x.dtype,
+                  g.pad((None, (hi, lo), (hi, lo), None)), phase_taps(low, lo, hi))
+      dx = dx.reshape(B, H//2, W//2, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
     # sums of groups of images, then over the groups: enough threads for every shape; 16 images or more if rows are few
-    groups = groups_of(g, 8, 1 if H > 4 else 16)
+    groups = groups_of(g, 8, 1 if g.shape[1] > 4 else 16)
     part = functools.partial(weight_kernel, stride=stride, p=p, device=device)
     dw = launch(part, (groups, *w.shape), dtypes.float32, xp, gp)
     images = columns(gp)    # the border is zeros
@@ -76,18 +84,18 @@ def columns(x:Tensor) -> Tensor:
 
 # *** GroupNorm ***
 
-def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True) -> Tensor:
+def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True, eps:float=1e-6) -> Tensor:
   """unet.group_norm."""
-  return norm_function(groups, silu)(x, weight, bias)[0]
+  return norm_function(groups, silu, eps)(x, weight, bias)[0]
 
 @functools.cache
-def norm_function(groups:int, silu:bool):
-  """(x, weight, bias) -> f(z), μ and 1/σ."""
+def norm_function(groups:int, silu:bool, eps:float):
+  """(x, weight, bias) -> f(z), μ and 1/σ: z = (x − μ)/σ · weight + bias, f SiLU or nothing."""
   def spread(v:Tensor, C:int) -> Tensor:  # (B,G) -> (B,1,1,C)
     B = v.shape[0]
     return v.reshape(B, 1, 1, groups, 1).expand(B, 1, 1, groups, C//groups).reshape(B, 1, 1, C)
   def forward(x:Tensor, weight:Tensor, bias:Tensor) -> tuple[Tensor, ...]:
-    (B, H, W, C), part = x.shape, functools.partial(statistic_kernel, device=first(x))
+    (B, H, W, C), part = x.shape, functools.partial(statistic_kernel, eps=eps, device=first(x))
     flat = x.reshape(B, H*W, C)
     mean = launch(part, (B, groups), dtypes.float32, flat)
     rstd = launch(part, (B, groups), dtypes.float32, flat, mean)
@@ -97,8 +105,9 @@ def norm_function(groups:int, silu:bool):
     x, weight, bias = [Tensor(u) for u in call.src[1:4]]
     g, mean, rstd = Tensor(g).cast(x.dtype), Tensor(call.gettuple(1)), Tensor(call.gettuple(2))
     B, H, W, C = x.shape
-    sums = launch(functools.partial(norm_gradient_kernel, silu=silu, device=first(x)), (B, 2, C), dtypes.float32,
-                  g.reshape(B, H*W, C), x.reshape(B, H*W, C), mean, rstd, weight, bias)
+    affine = (weight, bias) if silu else ()
+    sums = launch(functools.partial(norm_gradient_kernel, device=first(x)), (B, 2, C), dtypes.float32,
+                  g.reshape(B, H*W, C), x.reshape(B, H*W, C), mean, rstd, *affine)
     means = ((sums * weight).reshape(B, 2, groups, -1).sum(3) / (H*W*C//groups)).contiguous()
     d, v = (x.float() - spread(mean, C)) * spread(rstd, C), g.float()
     if silu: v = v * silu_slope(d * weight + bias)

@@ -1,5 +1,5 @@
-"""The plain loops of each operation. How a device runs them, in tiles of a CPU's registers or of tensor cores, stands
-beside them in schedules.py, as numbers."""
+"""The plain loops of each operation. How a device runs them, in tiles of a CPU's registers or of tensor cores, is in
+schedules.py, as numbers. Kernels that differ have names that differ."""
 from __future__ import annotations
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ Sizes = tuple[int, ...]
 def shared_round(n:int) -> UOp:
   """The number, below n, of a round that any core may take: tinygrad's core_id.
 
-  "&" because clang makes no vectors where the number could be negative."""
+  With "&", since clang makes no vectors where the number could be negative."""
   return (UOp.variable("core_id", 0, n-1, dtypes.int, param=True) & 2**16-1).cast(dtypes.weakint)
 
 def loop(size:int, axis:int, amount:int, shared:bool) -> tuple[UOp, list[UOp]]:
-  """A loop over `size` in steps of `amount`: (where each begins, its range). If shared, the cores share its rounds."""
+  """A loop over `size` in steps of `amount`: (where a step begins, the range). If shared, cores share its rounds."""
   if amount == size: return UOp.const(0, dtypes.weakint), []
   if shared and size <= 2**16: return shared_round(size//amount)*amount, []
   return (r := UOp.range(size//amount, axis))*amount, [r]
@@ -27,14 +27,20 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
            tiles:Tiles|None=None, opts:tuple|None=None, op:Ops=Ops.ADD) -> UOp:
   """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
-  tiles: of each loop the amount kept in registers, and which loop the cores share; or opts: tinygrad's."""
+  tiles: for each loop over y the amount kept in registers, and which loop the cores share; or opts: tinygrad's.
+  Numbers of the loops: a for those over y, then those summed over; 100 k + a, or 100 k + VECTOR, for the k-th pass over
+  the tile: 1 sets it to zero, 2 adds to it, 3 writes it to y."""
   amounts, shared = tiles or ((1,)*len(y.shape), -1)
-  begin, outer = zip(*(loop(n, a, amount, a == shared) for a, (n, amount) in enumerate(zip(y.shape, amounts))))
-  outer = [r for rs in outer for r in rs]
+  begin:list[UOp] = []
+  outer:list[UOp] = []
+  for a, (n, amount) in enumerate(zip(y.shape, amounts)):
+    start, its_range = loop(n, a, amount, a == shared)
+    begin.append(start)
+    outer += its_range
   ranges = [UOp.range(n, len(y.shape)+a, AxisType.REDUCE) if n > 1 else None for a, n in enumerate(reduced)]
   summed = [r for r in ranges if r is not None]
   inner = [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges]
-  def tile(k:int) -> tuple[list[UOp], list[UOp], UOp]:  # the k-th pass over the tile: ranges, place in y, in the tile
+  def tile(k:int) -> tuple[list[UOp], list[UOp], UOp]:  # the k-th pass: its ranges, the place in y, and in the tile
     each = [UOp.range(n, 100*k + (VECTOR if summed and a+1 == len(amounts) else a), AxisType.LOOP) if n > 1
             else UOp.const(0, dtypes.weakint) for a, n in enumerate(amounts)]
     flat = sum((i*math.prod(amounts[a+1:]) for a, i in enumerate(each)), start=UOp.const(0, dtypes.weakint))
@@ -43,7 +49,7 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
   if not tiles or not summed:
     value = term(at, inner).cast(dtypes.float32)
     total = value.reduce(*summed, arg=op) if summed else value
-  else:  # the tile's loops are left to the compiler, see compiler.ClangRenderer
+  else:  # the compiler unrolls the tile's loops: see compiler.ClangRenderer
     registers = UOp.placeholder((math.prod(amounts),), dtypes.float32, 0, AddrSpace.REG)
     zeroed, _, i = tile(1)
     acc = registers.after(*outer)
@@ -56,7 +62,7 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
     arg=KernelInfo(name, opts_to_apply=() if tiles else opts))
 
 def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None) -> UOp:
-  """y[at] = after(at, Σ a · b), a, b = pair(at, inner): in tiles, on tensor cores or, where neither fits, plainly."""
+  """y[at] = after(at, Σ a · b), a, b = pair(at, inner): in tiles, on tensor cores or, if neither fits, plainly."""
   def low(at, inner): return (p := pair(at, inner))[0] * p[1]
   def full(at, inner): return (p := pair(at, inner))[0].cast(dtypes.float32) * p[1].cast(dtypes.float32)
   made = None if tiles else on_tensor_cores(kernel(name, y, reduced, low, after), device)
@@ -75,7 +81,10 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device
   def plus(at, total):
     for a in adds: total = total + a[tuple(i if n > 1 else 0 for i, n in zip(at, a.shape))].cast(dtypes.float32)
     return total
-  return product_of(f"conv{k}_{H}x{W}_{C}_{O}", device, y, (k, k, C), pair, plus, conv_tiles(device, y.shape, k*k*C))
+  # what is added: numbers of a channel (c), of an image's channel (bc) or of every place (bhwc)
+  added = ["".join(axis for axis, n in zip("bhwc", a.shape) if n > 1) for a in adds]
+  name = "_".join([f"conv{k}_{H}x{W}_{C}_{O}", *["stride"]*(stride > 1), *["flipped"]*flipped, *added])
+  return product_of(name, device, y, (k, k, C), pair, plus, conv_tiles(device, y.shape, k*k*C))
 
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
   """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip."""
@@ -84,7 +93,8 @@ def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
   def pair(at, inner):
     (n, i, j, c, o), (b, h, v) = at, inner
     return x[n*(B//G)+b, h*stride+i, v*stride+j, c], g[n*(B//G)+b, h+p, v+p, o]
-  return product_of(f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}", device, dw, reduced, pair, lambda at, total: total,
+  name = f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}" + "_stride"*(stride > 1)
+  return product_of(name, device, dw, reduced, pair, lambda at, total: total,
                     weight_tiles(device, dw.shape, B*H*W*k*k*C*O))
 
 def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
@@ -93,8 +103,8 @@ def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, devic
   def pair(at, inner):
     (n, i, j), (r,) = at, inner
     return a[n, r, i] if rows else a[n, i, r], b[n, j, r] if cols else b[n, r, j]
-  return product_of(f"product_{I}_{J}_{R}", device, y, (R,), pair, lambda at, total: total * scale,
-                    product_tiles(device, y.shape, R))
+  name = f"product_{I}_{J}_{R}" + "_rows"*rows + "_cols"*cols + "_scaled"*(scale != 1) + f"_{y.dtype.name}"
+  return product_of(name, device, y, (R,), pair, lambda at, total: total * scale, product_tiles(device, y.shape, R))
 
 # *** sums over the pixels, r ***
 
@@ -105,37 +115,39 @@ def column_kernel(y:UOp, *xs:UOp, op:Ops, device:str) -> UOp:
     v = xs[0][at[0], inner[0], at[1]]
     for x in xs[1:]: v = v * x[at[0], inner[0], at[1]]
     return v
-  return kernel(f"column_{A}_{R}_{C}", y, (R,), term, tiles=column_tiles(device, (A, C), R), op=op)
+  name = f"column_{A}_{R}_{C}" + "_max"*(op is Ops.MAX) + f"_{len(xs)}"*(len(xs) > 1)
+  return kernel(name, y, (R,), term, tiles=column_tiles(device, (A, C), R), op=op)
 
-def statistic_kernel(y:UOp, x:UOp, *mean:UOp, device:str) -> UOp:
-  """μ[b,g] of the group's channels and pixels; with it given, 1/σ[b,g]."""
+def statistic_kernel(y:UOp, x:UOp, *mean:UOp, eps:float, device:str) -> UOp:
+  """μ[b,g] of the group's channels and pixels or, if it is given, 1/√(σ² + eps)."""
   (_, R, C), n = x.shape, x.shape[2]//y.shape[1]
   def term(at, inner):
     v = x[at[0], inner[0], at[1]*n + inner[1]].cast(dtypes.float32)
     return v if not mean else (v - mean[0][at[0], at[1]]) * (v - mean[0][at[0], at[1]])
-  def after(at, total): return total / (R*n) if not mean else (total / (R*n) + 1e-6).rsqrt()
+  def after(at, total): return total / (R*n) if not mean else (total / (R*n) + eps).rsqrt()
   return kernel(f"{'deviation' if mean else 'mean'}_{R}_{C}", y, (R, n), term, after, opts=group_opts(device, R))
 
 def silu_slope(z): return (s := z.sigmoid()) * (1 + z * (1 - s))
 
-def norm_gradient_kernel(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, weight:UOp, bias:UOp, silu:bool, device:str) -> UOp:
-  """y[b,0,c] = Σ_r g f'(z), y[b,1,c] = Σ_r g f'(z) d: d = (x − μ)/σ, z = d · weight + bias, f SiLU or nothing."""
+def norm_gradient_kernel(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, *affine:UOp, device:str) -> UOp:
+  """y[b,0,c] = Σ_r g f'(z), y[b,1,c] = Σ_r g f'(z) d, d = (x − μ)/σ: with affine = (weight, bias), f is SiLU and
+  z = d · weight + bias; else f' is 1. A kernel must read all its inputs: tinygrad's graphs pass them by position."""
   (_, R, C), n = x.shape, x.shape[2]//mean.shape[1]
   def term(at, inner):
     (b, q, c), (r,) = at, inner
     d = (x[b, r, c].cast(dtypes.float32) - mean[b, c//n]) * rstd[b, c//n]
     v = g[b, r, c].cast(dtypes.float32)
-    if silu: v = v * silu_slope(d * weight[c] + bias[c])
+    if affine: v = v * silu_slope(d * affine[0][c] + affine[1][c])
     return v * q.eq(0).where(UOp.const(1.0, dtypes.float32), d)
-  return kernel(f"norm_gradient_{R}_{C}", y, (R,), term, opts=group_opts(device, R))
+  return kernel(f"norm_gradient_{R}_{C}" + "_silu"*bool(affine), y, (R,), term, opts=group_opts(device, R))
 
 # *** movement ***
 
 def pad_kernel(y:UOp, x:UOp, lo:int, device:str) -> UOp:
   """y = x with a border of zeros."""
-  (_, H, W, C), (_, h, w, _) = y.shape, x.shape
+  (_, H, _, C), (_, h, w, _) = y.shape, x.shape
   def term(at, inner):
     b, i, j, c = at
     ok = (i >= lo) & (i < h+lo) & (j >= lo) & (j < w+lo)
     return x[b, (i-lo).valid(ok), (j-lo).valid(ok), c]
-  return kernel(f"pad_{H}x{W}_{C}", y, (), term, tiles=conv_tiles(device, y.shape, 0))
+  return kernel(f"pad_{h}x{w}_{C}_{lo}_{H-h-lo}", y, (), term, tiles=conv_tiles(device, y.shape, 0))

@@ -1,5 +1,5 @@
-"""How a device runs the loops of kernels.py. The CPU: in tiles of its registers, the rounds of an outer loop shared by
-its cores. GPUs: on tensor cores (NVIDIA, Apple, AMD) where there are some for the type and the loops fit them, else as
+"""How a device runs the loops of kernels.py. A CPU: in tiles of its registers, with its cores sharing the rounds of an
+outer loop. A GPU: on tensor cores (NVIDIA, Apple, AMD) if it has some for the type and the loops fit them, else as
 tinygrad chooses."""
 from __future__ import annotations
 import dataclasses, functools, math
@@ -16,7 +16,7 @@ def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n
 
 # *** the CPU ***
 
-Tiles = tuple[tuple[int, ...], int]  # of each loop how many numbers a kernel keeps in registers; the loop cores share
+Tiles = tuple[tuple[int, ...], int]  # how many numbers of each loop stay in registers; which loop the cores share
 
 def register_tile(lanes:int) -> tuple[int, int]:
   """How many channels and how many pixels a kernel keeps in registers: eight vectors run at near the processor's peak.
@@ -25,7 +25,7 @@ def register_tile(lanes:int) -> tuple[int, int]:
   return (lanes, 8) if lanes > 8 else (2*lanes, 4)
 
 def conv_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
-  """For y (B,H,W,O), each number a sum of `depth` products; depth 0: for numbers that are moved."""
+  """For y (B,H,W,O), each number a sum of `depth` products; depth 0: numbers are only moved."""
   if not (lanes := vector_lanes(device)): return None
   B, H, W, O = sizes
   if not depth: return (1, 1, 1, divisor(O, 16)), 0 if B*H*W*O > 2**16 else -1
@@ -41,7 +41,7 @@ def product_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
   return (tn, ti, tj), min(shared, 1)
 
 def weight_tiles(device:str, sizes:tuple[int, ...], macs:int) -> Tiles|None:
-  """For dw (G,k,k,C,O), of so many products in all."""
+  """For dw (G,k,k,C,O), made of `macs` products in all."""
   if not (lanes := vector_lanes(device)): return None
   channels, rows = register_tile(lanes)
   to = divisor(sizes[4], channels)
@@ -54,8 +54,8 @@ def column_tiles(device:str, sizes:tuple[int, int], rows:int) -> Tiles|None:
 
 # *** GPUs ***
 
-# what a warp keeps of a product at most, in tiles of its tensor core; the warps of a block, each way; and how many
-# warps there should be in all before each keeps more: a card's hundred multiprocessors want some eight each
+# The most that a warp keeps of a product, in tiles of its tensor core; the warps of a block, each way; and how many
+# warps there must be before each keeps more than one tile: a hundred multiprocessors of a card want about eight each.
 TILES_N, TILES_M, WARPS, ENOUGH = 8, 4, 2, 1024
 
 @functools.cache
@@ -79,8 +79,10 @@ def schedule(kernel:UOp, ren:Renderer) -> tuple[Opt, ...]|None:
   return tensor_core_schedule(s)
 
 def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
-  """Which loop is the tensor core's N, M and K: of all choices that fit, the one that pads least, then that with the
-  largest tile and the longest K. A warp then keeps several tiles, so that each number it loads serves several."""
+  """Which loops are the tensor core's N, M and K: of all choices that fit, the one that pads least, then the one with
+  the largest tile and the longest K. A warp then keeps several tiles, so that each number it loads is used several times.
+
+  N and M are not padded on AMD: LLVM 19 makes wrong code for the padded operands of RDNA4's WMMA."""
   reduce = s.reduceops[0]
   product = reduce.src[0].src[0] if reduce.src[0].op is Ops.CAST else reduce.src[0]
   x, w = product.src
@@ -89,7 +91,7 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
                  if c.dtype_in == x.dtype == w.dtype and c.dtype_out == reduce.dtype and (not tf32 or ALLOW_TF32)),
                 None)
   if number is None: return None
-  # tinygrad numbers the choices in this order: w's own loops, x's own, those summed over, each from the last loop down
+  # tinygrad numbers the choices in this order: w's own loops, x's own, the summed ones; each from the last to the first
   down = lambda ranges: sorted(ranges, key=lambda r: r.arg[0], reverse=True)
   x_own, w_own = down(r for r in x.ranges if r not in w.ranges), down(r for r in w.ranges if r not in x.ranges)
   choices = [(n, m, k) for n in w_own for m in x_own for k in down(reduce.src[1:])]
@@ -99,7 +101,9 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
     waste = 1.
     for size, dim in zip(sizes, dims): waste *= -(-size//dim)*dim / size
     rank = (waste, -min(sizes[0], TILES_N*dims[0]) * min(sizes[1], TILES_M*dims[1]), -sizes[2])
-    if all(size > dim//4 for size, dim in zip(sizes, dims)) and (best is None or rank < best[0]): best = rank, i, ranges
+    fits = all(size > dim//4 for size, dim in zip(sizes, dims))
+    if s.ren.target.arch.startswith("gfx") and (sizes[0] % dims[0] or sizes[1] % dims[1]): fits = False
+    if fits and (best is None or rank < best[0]): best = rank, i, ranges
   if best is None: return None
   _, choice, (n, m, _) = best
   outputs = math.prod(r.vmax+1 for r in s.rngs if r not in reduce.src[1:])
@@ -121,6 +125,6 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
   return tuple(s.applied_opts)
 
 def group_opts(device:str, rows:int) -> tuple|None:
-  """A sum over `rows` for few outputs: 16 threads of a block share each, where blocks are real."""
+  """For few sums, each over `rows`: 16 threads share a sum, on devices whose threads share memory in earnest."""
   if device.startswith("CL") or not renderer(device).has_local: return None
   return (Opt(OptOps.GROUPTOP, 0, 16),) if rows % 16 == 0 else ()

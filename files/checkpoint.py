@@ -1,38 +1,53 @@
 """A checkpoint: one safetensors file that carries the network's arguments."""
-import json, os, re
+import json, os
 from pathlib import Path
+from typing import Any
 import numpy as np
-from tinygrad import nn
+from tinygrad import dtypes, nn
 from files import hub
-from files.weights import build, fill, read_tensors, write_tensors
+from files.weights import fill, open_tensors, refuse_pickle, write_tensors
 from unet import UNet
 
-def save(path:str|os.PathLike, model:UNet, meta:dict|None=None, dtype:type=np.float32):
-  """Writes weights and arguments to one file. OSError if it cannot."""
-  state = nn.state.get_state_dict(model)
-  write_tensors(path, {k: v.numpy().astype(dtype) for k, v in state.items()}, {**(meta or {}), "unet": model.config})
+def save(path:str|os.PathLike, model:Any, meta:dict|None=None, dtype:type=np.float32):
+  """Writes weights to one file and, if they are a UNet's, its arguments. OSError if it cannot.
+
+  model: any object with tensors as its parameters; `load` knows only UNet."""
+  tensors:dict[str, np.ndarray] = {}
+  for name, v in nn.state.get_state_dict(model).items():
+    if dtypes.is_float(v.dtype): tensors[name] = v.float().numpy().astype(dtype, copy=False)
+    else: tensors[name] = v.numpy()
+  meta = dict(meta or {})
+  if type(model) is UNet: meta["unet"] = model.config
+  write_tensors(path, tensors, meta)
 
 def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
-  """(model, meta) from a file of `save` or of train.py (its averaged weights, or with `raw` those being trained),
-  from a folder in diffusers' layout, or from the name of such a model on the hub, like google/ddpm-cifar10-32.
+  """(model, meta) from a file of `save` or of train.py (its averaged weights, or with `raw` those being trained), from
+  a folder in diffusers' layout, or from the name of such a model on the hub: google/ddpm-cifar10-32, or name@revision.
 
   OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this program."""
-  if os.path.isdir(path): return hub.load(path)
-  if (not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-      and not str(path).endswith(".safetensors")):
-    return hub.load(hub.download(str(path)))
-  if str(path).endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
-    raise ValueError(f"{path} is a pickle, which can run any program when read: only safetensors files are loaded")
-  tensors, metadata = read_tensors(path)
-  try: config = (meta := json.loads(metadata["ddpm"]))["unet"]
-  except (KeyError, ValueError, TypeError, RecursionError):
-    raise ValueError(f"{path} carries no description of its network: it was not saved by this program") from None
-  if not isinstance(config, dict): raise ValueError(f"{path} carries no description of its network")
-  if raw and not any(k.startswith("raw.") for k in tensors):
+  path = str(path)
+  if os.path.isdir(path): return hub.load(path, raw)
+  if path.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")): refuse_pickle(path)
+  if not os.path.exists(path) and not path.endswith(".safetensors") and hub.is_name(path):
+    return hub.load(hub.download(path), raw)
+  readers, metadata = open_tensors(path)
+  try: meta = json.loads(metadata["ddpm"])
+  except (KeyError, ValueError, RecursionError): meta = {}
+  if not isinstance(meta, dict) or not isinstance(meta.get("unet"), dict):
+    raise ValueError(f"{path} carries no description of a network of this program: tinygrad.nn.state.load_state_dict "
+                     "loads it into your own")
+  if raw and not any(k.startswith("raw.") for k in readers):
     raise ValueError(f"{path} holds only averaged weights: the raw ones are in last.safetensors")
-  if any(k.startswith("ema.") for k in tensors):  # train.py's state: both sets of weights, and Adam's moments
-    tensors = {k[4:]: v for k, v in tensors.items() if k.startswith("raw." if raw else "ema.")}
-  return fill(build(config, path), tensors, path), meta
+  if any(k.startswith("ema.") for k in readers):  # train.py's state: both sets of weights, and Adam's moments
+    readers = {k[4:]: v for k, v in readers.items() if k.startswith("raw." if raw else "ema.")}
+  return fill(build(meta["unet"], path), readers, path), meta
+
+def build(config:dict, path:str) -> UNet:
+  """The network of a checkpoint's arguments."""
+  args:dict = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+  try: return UNet(**args)
+  except (TypeError, AttributeError) as e:
+    raise ValueError(f"{path} does not describe a network of this program: {e}") from e
 
 def find(path:str|None=None, raw:bool=False) -> str:
   """The file that a program's --checkpoint means: that of a run's folder. Without one, that of the newest run, or the

@@ -1,4 +1,4 @@
-"""Pictures of uint8 images, (N, C, H, W) with C 1 or 3: grids, animations, the terminal, and plots of curves."""
+"""Pictures of uint8 images, (N, C, H, W): grids, animations, the terminal, and plots of curves."""
 import math, os, shutil
 from collections.abc import Mapping, Sequence
 import numpy as np
@@ -16,19 +16,33 @@ def save_gif(path:str|os.PathLike, frames:list[Image.Image], ms:int=60):
     frames[0].save(f, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                    duration=[ms] * (len(frames) - 1) + [2000])
 
-def save_npz(path:str|os.PathLike, images:np.ndarray):
-  """Samples for the field's evaluation programs: `arr_0`, uint8 (N, H, W, C)."""
+def save_npz(path:str|os.PathLike, images:np.ndarray, labels:np.ndarray|None=None):
+  """Samples for the field's evaluation programs: `arr_0`, uint8 or float32 (N, H, W, C), and `arr_1`, the labels."""
+  check(images, (np.uint8, np.float32))
+  arrays = [np.ascontiguousarray(images.transpose(0, 2, 3, 1))] + ([] if labels is None else [np.asarray(labels)])
+  with atomic(path) as f: np.savez(f, *arrays)
+
+def check(images:np.ndarray, kinds:tuple=(np.uint8,)):
+  if images.dtype not in kinds or images.ndim != 4 or 0 in images.shape:
+    raise ValueError(f"images should be {kinds[0].__name__} (N, C, H, W), not {images.dtype} {images.shape}")
+
+def visible(images:np.ndarray) -> np.ndarray:
+  """uint8 images (N, C, H, W) with 1 or 3 channels: two become red and green, of more than three the first three."""
   check(images)
-  with atomic(path) as f: np.savez(f, arr_0=np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
+  n, c, h, w = images.shape
+  return np.concatenate([images, np.zeros((n, 1, h, w), np.uint8)], 1) if c == 2 else images[:, :3]
 
-def check(images:np.ndarray):
-  if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1] not in (1, 3):
-    raise ValueError(f"images should be uint8 (N, 1 or 3, H, W), not {images.dtype} {images.shape}")
+def remark(channels:int) -> str:
+  """What a picture of so many channels does not show, in a sentence; "" if it shows all."""
+  if channels == 2: return "pictures show the two channels as red and green"
+  return f"pictures show the first three of {channels} channels" if channels > 3 else ""
 
-def grid(images:np.ndarray, ncols:int|None=None, scale:int|None=None) -> Image.Image:
+def grid(images:np.ndarray, ncols:int|None=None, scale:int|None=None,
+         row_names:Sequence[str]|None=None) -> Image.Image:
   """A PIL image of uint8 (N, C, H, W) images in rows of `ncols` (default: a square), with 2 pixels between and around.
-  Each pixel is enlarged `scale` times; by default to see small images at 56 pixels, in at most 1600 together."""
-  check(images)
+  Each pixel is enlarged `scale` times; by default to see small images at 56 pixels, in at most 1600 together.
+  row_names: a text beside each row."""
+  images = visible(images)
   n, c, h, w = images.shape
   ncols = math.ceil(math.sqrt(n)) if ncols is None else ncols
   if ncols < 1: raise ValueError(f"a grid of {ncols} columns: choose 1 or more")
@@ -41,12 +55,20 @@ def grid(images:np.ndarray, ncols:int|None=None, scale:int|None=None) -> Image.I
   for i, image in enumerate(images):
     y, x = i // ncols * h + 2, i % ncols * w + 2
     canvas[y:y + h - 2, x:x + w - 2] = image.repeat(scale, 1).repeat(scale, 2).transpose(1, 2, 0)
-  return Image.fromarray(canvas[..., 0] if c == 1 else canvas)
+  sheet = Image.fromarray(canvas[..., 0] if c == 1 else canvas)
+  if row_names is None: return sheet
+  font = ImageFont.load_default(size=min(14, h))
+  margin = math.ceil(max(font.getlength(name) for name in row_names)) + 8
+  named = Image.new("RGB", (sheet.width + margin, sheet.height), "white")
+  named.paste(sheet, (margin, 0))
+  for i, name in enumerate(row_names[:nrows]):
+    ImageDraw.Draw(named).text((margin - 4, 1 + (i + 0.5) * h), name, "black", font, anchor="rm")
+  return named
 
 def to_terminal(images:np.ndarray, columns:int|None=None) -> str:
   """A string that shows the first of the uint8 (N, C, H, W) images side by side, as many as fit into `columns`
   (default: the terminal's), at two pixels a character: upper half block, 24-bit colours."""
-  check(images)
+  images = visible(images)
   n, c, h, w = images.shape
   n = max(1, min(n, ((columns or shutil.get_terminal_size().columns) + 1) // (w + 1)))
   canvas = np.zeros((h + h % 2, n * (w + 1) - 1, 3), np.uint8)
@@ -63,17 +85,6 @@ def to_terminal(images:np.ndarray, columns:int|None=None) -> str:
 def picture(x:np.ndarray) -> Image.Image:
   """One uint8 image (C, H, W) as a PIL image."""
   return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0))
-
-def captioned(images:np.ndarray, captions:Sequence[str]) -> Image.Image:
-  """A PIL image: a grid of uint8 (N, C, H, W) images, a caption under each."""
-  (_, _, h, w), tiles, font = images.shape, [], ImageFont.load_default(size=12)
-  scale = max(1, round(84 / w))
-  for image, caption in zip(images, captions):
-    tile = Image.new("RGB", (max(w * scale, 56), h * scale + 16), "white")
-    tile.paste(picture(image.repeat(scale, 1).repeat(scale, 2)), ((tile.width - w * scale) // 2, 0))
-    ImageDraw.Draw(tile).text((tile.width / 2, h * scale + 1), caption, "black", font, anchor="ma")
-    tiles.append(np.asarray(tile).transpose(2, 0, 1))
-  return grid(np.stack(tiles), scale=1)
 
 def plot(series:Mapping[str, tuple[ArrayLike, ArrayLike]], title:str="", xlabel:str="", ylabel:str="",
          log_y:bool=False) -> Image.Image:
@@ -144,7 +155,9 @@ def log_ticks(lo:float, hi:float) -> list[tuple[float, str]]:
     if len(marks) > 2: return marks[::math.ceil(len(marks) / 9)]
   return [(math.log10(v), text) for v, text in ticks(10.0**lo, 10.0**hi) if v > 0]
 
-def loss_curve(path:str|os.PathLike, steps:ArrayLike, loss:ArrayLike, smooth:ArrayLike):
-  """The loss of each step and its smoothed form, as train.py logs them."""
+def loss_curve(path:str|os.PathLike, steps:ArrayLike, loss:ArrayLike, smooth:ArrayLike,
+               held_out:tuple[ArrayLike, ArrayLike]|None=None):
+  """The loss of each step, its smoothed form and, as (steps, losses), the loss of held-out images."""
   curves = {"loss": (steps, loss), "smoothed": (steps, smooth)}
+  if held_out is not None: curves["held out"] = held_out
   save_png(path, plot(curves, "Training loss", "step", "loss", log_y=True))

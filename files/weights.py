@@ -1,17 +1,20 @@
-"""Tensors in safetensors files, written and read in full, and put into a network."""
-import json, math, os
+"""Tensors in safetensors files: written, read one at a time, and put into a network."""
+import functools, json, math, os
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 import numpy as np
 from tinygrad import Tensor, nn
 from files.atomic import atomic
-from unet import UNet
 
+Readers = Mapping[str, Callable[[], np.ndarray]]  # a tensor's name -> a function that reads it
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
-          "I16": np.int16, "I8": np.int8, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
+          "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+          "BOOL": np.bool_}
 
 def write_tensors(path:str|os.PathLike, tensors:dict[str, np.ndarray], meta:dict):
   """A safetensors file with `meta` as JSON in its header. OSError if it cannot be written."""
   names = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
-  header:dict[str, dict] = {"__metadata__": {"ddpm": json.dumps(meta)}}
+  header:dict[str, dict] = {"__metadata__": {"format": "pt", "ddpm": json.dumps(meta)}}
   offset = 0
   for k, v in tensors.items():
     header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [offset, offset := offset+v.nbytes]}
@@ -22,20 +25,27 @@ def write_tensors(path:str|os.PathLike, tensors:dict[str, np.ndarray], meta:dict
     for v in tensors.values(): f.write(v.tobytes())
 
 def read_tensors(path:str|os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """The tensors and the metadata of a safetensors file.
+  """The tensors and the metadata of a safetensors file, all in memory. Errors as those of `open_tensors`."""
+  readers, meta = open_tensors(path)
+  return {k: read() for k, read in readers.items()}, meta
 
-  ValueError unless every length, type, shape and offset is right."""
-  def check(ok:bool, what:str):
+def open_tensors(path:str|os.PathLike) -> tuple[Readers, dict[str, str]]:
+  """A function for each tensor that reads it, and the metadata, so that only one tensor need be in memory.
+
+  The file stays open: what is read later is the same file, even if another has got its name. OSError if it cannot be
+  read; ValueError unless every length, type, shape and offset is right."""
+  def check(ok:object, what:str):
     if not ok: raise ValueError(f"{path} is damaged or no safetensors file: {what}")
-  try: raw = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.zeros(0, np.uint8)
+  try:
+    check(os.path.getsize(path) >= 8, "it is too short")
+    f = open(path, "rb")  # noqa: SIM115
+    size, n = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
+    check(2 <= n <= min(size-8, 100_000_000), "its header does not fit into it")
+    header = json.loads(f.read(n))
   except OSError as e: raise OSError(f"cannot read {path}: {e.strerror or e}") from e
-  check(len(raw) >= 8, "it is too short")
-  n = int.from_bytes(raw[:8].tobytes(), "little")
-  check(2 <= n <= min(len(raw)-8, 100_000_000), "its header does not fit into it")
-  try: header = json.loads(raw[8:8+n].tobytes())
-  except (ValueError, RecursionError): check(False, "its header is not JSON")
+  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError): check(False, "its header is not JSON")
   check(isinstance(header, dict), "its header is not a table")
-  meta, data, end, tensors = header.pop("__metadata__", None) or {}, raw[8+n:], 0, {}
+  meta, end, readers = header.pop("__metadata__", None) or {}, 0, dict[str, Callable[[], np.ndarray]]()
   check(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "its metadata are not text")
   whole = lambda v, least: isinstance(v, list) and len(v) >= least and all(type(i) is int and 0 <= i < 2**48 for i in v)
   for spec in header.values():
@@ -44,33 +54,39 @@ def read_tensors(path:str|os.PathLike) -> tuple[dict[str, np.ndarray], dict[str,
           whole(spec.get("data_offsets"), 2) and len(spec["data_offsets"]) == 2,
           "a tensor has no valid type, shape or place")
   for name, spec in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
-    (a, b), dtype, shape = spec["data_offsets"], np.dtype(DTYPES[spec["dtype"]]), spec["shape"]
-    check(a == end and b <= len(data) and b-a == math.prod(shape)*dtype.itemsize,
+    (a, b), shape = spec["data_offsets"], spec["shape"]
+    check(a == end and 8+n+b <= size and b-a == math.prod(shape)*np.dtype(DTYPES[spec["dtype"]]).itemsize,
           f"the tensor {name[:80]!r} does not lie where it should")
-    v = np.frombuffer(data[a:b].tobytes(), dtype).reshape(shape)
-    tensors[name], end = (v.astype(np.uint32) << 16).view(np.float32) if spec["dtype"] == "BF16" else v, b
-  check(end == len(data), "bytes are left over or missing")
-  return tensors, meta
+    readers[name], end = functools.partial(read_tensor, f, 8+n+a, b-a, spec["dtype"], shape), b
+  check(8+n+end == size, "bytes are left over or missing")
+  return readers, meta
 
-def fill(model:UNet, tensors:dict[str, np.ndarray], path:str|os.PathLike) -> UNet:
+def read_tensor(f:BinaryIO, start:int, size:int, dtype:str, shape:list[int]) -> np.ndarray:
+  """One tensor of an open file; bfloat16 as float32, which numpy knows."""
+  f.seek(start)
+  data = f.read(size)
+  if len(data) != size: raise ValueError(f"{f.name} was cut off while it was read")
+  v:np.ndarray = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+  return (v.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else v
+
+def fill(model:Any, readers:Readers, path:str|os.PathLike) -> Any:
   """Puts the tensors into the model. ValueError naming the first that is missing, unknown or of another shape."""
   state = nn.state.get_state_dict(model)
-  for names, what in ((state.keys()-tensors.keys(), "lacks"), (tensors.keys()-state.keys(), "has an unknown")):
+  for names, what in ((state.keys()-readers.keys(), "lacks"), (readers.keys()-state.keys(), "has an unknown")):
     if names:
       raise ValueError(f"{path} {what} tensor {min(names)!r}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}")
   for k, v in state.items():
-    if v.shape != tensors[k].shape:
-      raise ValueError(f"{path}: tensor {k!r} has shape {tensors[k].shape}, the network needs {v.shape}")
-    if not np.isfinite(tensors[k]).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
-    v.replace(Tensor(tensors[k].astype(np.float32), device=v.device))
-  Tensor.realize(*state.values())
+    new = readers[k]()
+    if v.shape != new.shape:
+      raise ValueError(f"{path}: tensor {k!r} has shape {new.shape}, the network needs {v.shape}")
+    if not np.isfinite(new).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
+    v.replace(Tensor(np.ascontiguousarray(new, np.float32), device=v.device).realize())
   return model
 
-def build(config:dict, path:str|os.PathLike) -> UNet:
-  """The network of a checkpoint's arguments."""
-  try:
-    args:dict = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    if not args.get("fourier", True): del args["fourier"]  # written by earlier versions, for networks without it
-    return UNet(**args)
-  except (TypeError, AttributeError) as e:
-    raise ValueError(f"{path} does not describe a network of this program: {e}") from e
+def refuse_pickle(path:str|os.PathLike):
+  """ValueError for a file of PyTorch, which says how PyTorch turns it into one that is read."""
+  new = os.path.splitext(path)[0] + ".safetensors"
+  raise ValueError(
+    f"{path} is a pickle, which can run any program when read: where PyTorch is at hand, "
+    f'python -c "import torch, safetensors.torch as s; s.save_file(torch.load({str(path)!r}, '
+    f"'cpu', weights_only=True), {new!r})\" makes a file of it that can be loaded")

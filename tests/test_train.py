@@ -1,5 +1,5 @@
 """train.py: the step against float64, what is drawn, and runs that are stopped, killed, continued or refused."""
-import json, math, os, re, signal, subprocess, sys, time, tracemalloc
+import argparse, json, math, os, re, signal, subprocess, sys, time, tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -441,3 +441,11 @@ def test_a_run_can_begin_with_the_weights_of_another(tmp_path):
   with pytest.raises(ValueError, match="--init.*another network"):
     run(tmp_path/"c", "--steps", 1, "--channels", 16, "--init", tmp_path/"a")
 
+def test_flips_know_nothing_of_the_times():
+  """Image i was once flipped at step n + 1 if and only if t of image 2i + 1 at step n was at most T/2."""
+  images = np.tile(np.arange(8, dtype=np.uint8), (256, 1, 1, 1))
+  a = argparse.Namespace(T=1000, batch=256, seed=3, flip=True, times="uniform", dequantize=False, drop_labels=0.0,
+                         accum=1)
+  drawn = [train.draw(a, images, np.zeros(256, np.int32), 0, n)[:2] for n in range(1, 61)]
+  agree = [(x[:128, 0, 0, 0] > 0) == (t[1::2] <= 500) for (_, t), (x, _) in zip(drawn, drawn[1:])]
+  assert 0.45 < np.mean(agree) < 0.55  # of 59 x 128; its deviation is 0.006

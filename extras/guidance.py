@@ -1,0 +1,42 @@
+"""Classifier-free guidance, Ho & Salimans 2021 (arXiv:2207.12598): not in the paper."""
+import functools, math
+from collections.abc import Callable
+import numpy as np
+from tinygrad import Tensor
+from engine.streams import stream
+
+def guided(model:Callable[[Tensor, Tensor, Tensor], Tensor], y:Tensor, w:float, null:int) -> Callable[..., Tensor]:
+  """Eq. 6 of Ho & Salimans: model(x_t, t, y) with labels y (B,) -> a model(x_t, t). null: the label "no class".
+
+  w = 1 is the plain conditional model, 0 the unconditional one, more than 1 guides (the paper's w is one less). What
+  the network predicts, ε, x_0, μ or v, is linear in ε for one x_t, so the formula holds for each; a learned log σ²
+  is mixed as well."""
+  nulls = y.full_like(null).contiguous().realize()
+  if w == 1: return lambda x, t: model(x, t, y)
+  if w == 0: return lambda x, t: model(x, t, nulls)
+  def both(x:Tensor, t:Tensor) -> Tensor:
+    labelled, free = model(x.cat(x), t.cat(t), y.cat(nulls)).chunk(2)
+    return free + w * (labelled - free)                      # ε̃ = ε(x, ∅) + w (ε(x, y) − ε(x, ∅))
+  return both
+
+def labelling(net, guidance:float) -> Callable[[np.ndarray], Callable[..., Tensor]]:
+  """labels (B,) -> the network as a model(x_t, t) of these labels. For each B it is one model, so that its captured
+  step serves all batches and reads each one's labels."""
+  null = net.config["num_classes"]
+  @functools.cache
+  def sized(n:int) -> tuple[Tensor, Callable[..., Tensor]]:
+    y = Tensor(np.full(n, null, np.int32)).realize()
+    return y, guided(net, y, guidance, null)
+  def labelled(labels:np.ndarray) -> Callable[..., Tensor]:
+    y, model = sized(len(labels))
+    y.assign(Tensor(labels.astype(np.int32))).realize()
+    return model
+  return labelled if null else lambda labels: net
+
+def all_equally(n:int, classes:int, seed:int) -> np.ndarray:
+  """The labels (n,) of images for which no class was asked: all K classes equally, in any order.
+
+  x ~ Σ_y p(x | y) / K: each class comes once among K images. Images drawn without a label are worse."""
+  if not classes: return np.zeros(n, np.int32)
+  orders = [stream(seed, "order of classes", i).permutation(classes) for i in range(math.ceil(n / classes))]
+  return np.concatenate(orders)[:n].astype(np.int32)

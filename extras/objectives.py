@@ -1,0 +1,82 @@
+"""What may be changed in L_simple: which times are drawn, what each counts for, and where no error counts. None of it
+is in the paper. c: the `Config` of train.py."""
+import os
+from typing import Any
+import numpy as np
+from tinygrad import Tensor
+import data
+from ddpm import DDPM
+from engine.streams import stream
+
+def min_snr_weight(ddpm:DDPM, gamma:float) -> np.ndarray:
+  """--min-snr: min(SNR, γ)/SNR of each t, SNR = ᾱ_t/(1−ᾱ_t): Hang et al. 2023 (arXiv:2303.09556). (T+1,)."""
+  return np.minimum(1, gamma * (1 - ddpm.alpha_bar) / ddpm.alpha_bar)
+
+def vlb_share(ddpm:DDPM) -> np.ndarray:
+  """What the squared error of the network's answer at each t counts for in L_vlb: (T+1,), the sum is 1.
+
+  For ε it is Eq. 12's factor. An error e of x̂_0 is one of √(ᾱ/(1−ᾱ)) e in ε, one of v is √ᾱ times that in ε, and an
+  error of μ is √ᾱ_{t−1} β_t/(1−ᾱ_t) times that of x̂_0."""
+  t, a = np.arange(1, ddpm.T + 1), ddpm.alpha_bar[1:]
+  of_x0 = a / (1 - a)
+  share = ddpm.vlb_weight(t) * {"eps": 1, "x0": of_x0, "v": a, "mu": of_x0 / ddpm.mu_x0[1:]**2}[ddpm.predict]
+  return np.append(0, share / share.sum())
+
+def chances(ddpm:DDPM, min_snr:float=0) -> tuple[np.ndarray, np.ndarray]:
+  """--times weighted: two distributions over t, (T+1,) each: what each t should count for in the mean loss, and how
+  often it is drawn.
+
+  It is importance sampling. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Drawn as Eq. 12
+  weights it, a third of all draws would be times at which nothing of x_0 is left and ε is easy. So where the signal is
+  weaker than the noise, t is drawn √(ᾱ/(1−ᾱ)) times as often, and counts for more when it is. min_snr weights the times
+  by `min_snr_weight` as well, and draws them by its root."""
+  snr = ddpm.alpha_bar / (1 - ddpm.alpha_bar).clip(1e-12)
+  clear = min_snr_weight(ddpm, min_snr) if min_snr else np.ones(ddpm.T + 1)
+  eps_share = np.append(0, ddpm.vlb_weight(np.arange(1, ddpm.T + 1)))
+  drawn = eps_share * np.sqrt(np.minimum(1, snr) * clear)
+  share = vlb_share(ddpm) * clear
+  return share / share.sum(), drawn / drawn.sum()
+
+def weighted_times(drawn:np.ndarray, n:int, rng:np.random.Generator) -> np.ndarray:
+  """n times drawn from the distribution `drawn`, one from each of n equal strata: int32 (n,)."""
+  at = (rng.random() + np.arange(n)) / n
+  return rng.permutation(np.searchsorted(drawn.cumsum(), at, "right").clip(1, len(drawn) - 1)).astype(np.int32)
+
+def time_weights(ddpm:DDPM, c) -> Tensor|None:
+  """What the loss of each t is multiplied by, (T+1,), None for 1: with --times weighted the share that it should have
+  over how often it is drawn, else --min-snr's weight."""
+  if c.times == "weighted":
+    share, drawn = chances(ddpm, c.min_snr)
+    if c.loss == "vlb": share = np.full(ddpm.T + 1, 1 / ddpm.T)
+    return Tensor((share / drawn.clip(1e-12)).astype(np.float32)).realize()
+  if c.min_snr: return Tensor(min_snr_weight(ddpm, c.min_snr).astype(np.float32)).realize()
+  return None
+
+def without_clipped(ddpm:DDPM, x0:Tensor, x_t:Tensor, t:Tensor, eps:Tensor, out:Tensor) -> Tensor:
+  """--clip-x0: the network's answer, replaced by its target wherever the clipped x̂_0 already equals x_0. Those pixels
+  give no gradient."""
+  exact = (ddpm.predict_x0(x_t, t, out).clip(-1, 1) - x0).abs() < 1e-5
+  return exact.where(ddpm.target(x0, x_t, t, eps), out)
+
+def held_out(c, source:Any, null:int, how:dict) -> tuple[np.ndarray, ...]|None:
+  """Up to 512 images apart from the training set, with t (evenly spread), ε and labels, always the same: what
+  a held-out loss is measured on. None where there are no such images; the glyphs are not worth the time."""
+  if not isinstance(source, str | os.PathLike) or source == "glyphs": return None
+  found = data.read(source, "test", c.data_dir, **how)
+  if not found.heldout: return None
+  rng, n = stream(c.seed, "held-out images"), min(512, len(found.images))
+  index = np.sort(rng.choice(len(found.images), n, replace=False))
+  t = rng.permutation(1 + np.arange(n) * c.T // n).astype(np.int32)
+  y = found.labels[index] if c.class_conditional else np.full(n, null, np.int32)
+  return found.images[index], t, rng.standard_normal((n, *found.images.shape[1:]), np.float32), y
+
+def check(c):
+  """ValueError for settings that do not go together."""
+  if not c.channel_mult: raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
+  if c.batch % c.accum: raise ValueError(f"--batch {c.batch} is no multiple of --accum {c.accum}")
+  if c.min_snr and (c.predict, c.loss) != ("eps", "simple"):
+    raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps, --loss simple")
+  if c.sigma == "learned" and c.loss == "simple":
+    raise ValueError("--sigma learned needs --loss vlb: L_simple does not depend on the variance")
+  if c.schedule == "cosine" and (c.beta_1, c.beta_T) != (1e-4, 0.02):
+    raise ValueError("--schedule cosine has no use for --beta-1 and --beta-T")

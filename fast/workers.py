@@ -1,0 +1,57 @@
+"""The processes that lower and compile a captured step's kernels."""
+from __future__ import annotations
+import concurrent.futures, multiprocessing, os, signal, threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+import tinygrad.engine.realize
+from tinygrad.engine import worker
+from tinygrad.helpers import PARALLEL
+
+def start():
+  """Each process begins with this. It ignores Ctrl-C and SIGTERM, which `timeout` sends to all processes of a program:
+  the program itself decides when to stop. It ends when the program has ended, in whatever way."""
+  worker._init_worker()
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  def end_with_parent():
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)
+  threading.Thread(target=end_with_parent, daemon=True).start()
+
+class Pool:
+  """As much of a multiprocessing.Pool as tinygrad uses. A process that dies is an error here, not an endless wait, and
+  a process lives for all kernels instead of 16."""
+  def __init__(self):
+    self.executor = concurrent.futures.ProcessPoolExecutor(PARALLEL.value, worker._WorkerContext(), start)
+
+  def imap_unordered(self, f:Callable, tasks:Iterable) -> Iterator:
+    futures = [self.executor.submit(f, task) for task in tasks]
+    try:
+      for future in concurrent.futures.as_completed(futures): yield future.result()
+    except BrokenProcessPool as e:
+      terminate()
+      raise RuntimeError("a process that compiles kernels died: the compiler crashed, or memory is short") from e
+    finally:
+      for future in futures: future.cancel()
+
+pool:Pool|None = None
+
+def get() -> Pool|None:
+  """In the place of tinygrad's get_worker_pool."""
+  global pool
+  if multiprocessing.current_process().daemon or PARALLEL.value == 0: return None
+  pool = pool or Pool()
+  return pool
+
+def terminate():
+  """In the place of tinygrad's terminate_worker_pool, which waits for processes that ignore SIGTERM."""
+  global pool
+  if pool is None: return
+  for process in list((pool.executor._processes or {}).values()): process.kill()
+  pool.executor.shutdown(wait=False, cancel_futures=True)
+  pool = None
+
+def changes() -> list[tuple]:
+  """What `scope` changes: where tinygrad takes its compiling processes from. A pool of tinygrad's own that sees the
+  death of a process would make this unnecessary."""
+  realize = tinygrad.engine.realize
+  return [(realize, "get_worker_pool", get), (realize, "terminate_worker_pool", terminate)]
