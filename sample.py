@@ -33,7 +33,7 @@ def timesteps(T:int, steps:int) -> list[int]:
   return [round(T * i / steps) for i in range(steps, -1, -1)]
 
 def draw_x_T(n:int, shape:tuple[int, ...], seed:int, first:int=0) -> Tensor:
-  """Algorithm 2, line 1: x_T ~ N(0, I) of the images first .. first + n − 1 of a seed, (n, *shape)."""
+  """Algorithm 2, line 1: x_T ~ N(0, I) of images first .. first + n − 1 of a seed, (n, *shape)."""
   return Tensor(normals([stream(seed, "x_T", i) for i in range(first, first + n)], shape)).realize()
 
 # *** Algorithm 2 ***
@@ -69,7 +69,8 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   index = first + np.arange(len(x_T)) if isinstance(first, (int, np.integer)) else np.array(first)
   if len(index) != len(x_T): raise ValueError(f"{len(index)} indices for {len(x_T)} images")
   rngs = [stream(seed, "z", i) for i in index]
-  key = ddpm, id(model), tuple(times), clip, moves, tuple(options.items()), start.shape, start.device
+  key = (ddpm, id(model), tuple(times), clip, moves, tuple(options.items()), start.shape,
+         start.device)
   step = [on_device(move, chain, model, clip, jits, (*key, i)) for i, move in enumerate(made)]
   def loop(x_t:Tensor) -> Visits:                  # 1: x_T ~ N(0, I)
     for t in range(chain.T, last - 1, -1):         # 2: for t = T, ..., 1 do
@@ -101,13 +102,26 @@ SAMPLERS:dict[str, Callable[..., Visits]] = {"ddpm": sample_ddpm} | {
 
 # *** a trained model ***
 
-def open_model(checkpoint_:str|None, raw:bool, dtype:str) -> tuple[str, UNet, DDPM, dict]:
-  """The file that --checkpoint means, its network in `dtype`, its diffusion, and its description."""
-  path = checkpoint.find(checkpoint_, raw)
-  net, meta = checkpoint.load(path, raw)
+def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
+  """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
+  open_device(a.tf32)
+  path = checkpoint.find(a.checkpoint, a.raw)
+  net, meta = checkpoint.load(path, a.raw)
   try: ddpm = DDPM(**meta.get("ddpm", {}))
   except TypeError as e: raise ValueError(f"{path} does not describe its diffusion: {e}") from e
-  return path, lower(net, DTYPES[dtype]), ddpm, meta
+  return path, lower(net, DTYPES[a.dtype]), ddpm, meta
+
+def open_images(a:argparse.Namespace, split:str, path:str, net:UNet,
+                meta:dict) -> tuple[str, data.Dataset]:
+  """The name and the images of --dataset, or of what the model was trained on, read as then.
+
+  ValueError unless they fit the network."""
+  name, how, shape = a.dataset or meta.get("dataset"), meta.get("how"), image_shape(net)
+  if not name: raise ValueError(f"{path} does not name its images: say which by --dataset")
+  if how is None or name != meta.get("dataset"): how = {"size": shape[1:]}
+  found = data.read(name, split, a.data_dir, **({} if name in data.DATASETS else how))
+  if found.images.shape[1:] == shape: return name, found
+  raise ValueError(f"the images of {name} are {found.images.shape[1:]}, those of {path} {shape}")
 
 def image_shape(net:UNet) -> tuple[int, int, int]:
   """(C, H, W) of the network's images."""
@@ -121,7 +135,7 @@ def model_flags(add:Callable):
   """The flags of every program that opens a trained model."""
   add("--checkpoint", help="file, run's folder, or name on the hub (default: the newest of runs/)")
   add("--raw", action="store_true", help="the weights as trained, not their moving average")
-  add("--dtype", choices=DTYPES, default="float32", help="of the network's activations and products")
+  add("--dtype", choices=DTYPES, default="float32", help="of activations and products")
   add("--tf32", action="store_true", help="NVIDIA: float32 products in TF32, on tensor cores")
   add("--seed", type=number(int, 0, 2**31 - 1), default=0)
   add("--batch", type=number(int, 1, 65536), default=64, help="images at once: memory, not result")
@@ -134,7 +148,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--eta", type=number(float, 0, 1), help="ddim's noise: 0, none, to 1, Algorithm 2's")
   add("--no-clip", action="store_true", help="leave x̂_0 as it is, not brought into [-1, 1]")
   add("--n", type=number(int, 1), help="images (default: 16), or images of each class (8)")
-  add("--class", dest="label", metavar="K", help="a class, by name or number (default: all equally)")
+  add("--class", dest="label", metavar="K", help="by name or number (default: all classes equally)")
   add("--classes", action="store_true", help="a row of images for each class")
   add("--guidance", type=number(float, 0, 100), help="0: no label, 1: plain (default), more")
   add("--out", default="samples.png", help="the picture (default: %(default)s)")
@@ -167,8 +181,7 @@ def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> n
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)
-  open_device(a.tf32)
-  path, net, ddpm, meta = open_model(a.checkpoint, a.raw, a.dtype)
+  path, net, ddpm, meta = open_model(a)
   c = net.config
   labels = labels_of(a, c["num_classes"], meta.get("classes", []), path)
   times = timesteps(ddpm.T, a.steps or ddpm.T)

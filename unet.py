@@ -38,14 +38,12 @@ class UNet:
     check(self.config)
     rng, emb = np.random.default_rng([seed, *b"weights"]), 4*channels
     norm = functools.partial(GroupNorm, groups=norm_groups, eps=norm_eps)
-    def block(c:int, o:int) -> ResBlock: return ResBlock(rng, c, o, emb, norm, dropout)
-    def attend(c:int) -> Attention: return Attention(rng, c, norm, head_channels)
+    def block(c:int, o:int) -> object: return ResBlock(rng, c, o, emb, norm, dropout)
+    def attend(c:int) -> object: return Attention(rng, c, norm, head_channels)
     self.time1, self.time2 = Dense(rng, channels, emb), Dense(rng, emb, emb)
     if num_classes: self.label = fan_average(rng, num_classes+1, emb)
     self.conv_in = Conv(rng, in_channels, channels)
-    self.down:list[list] = []
-    self.up:list[list] = []
-    c, size, skips = channels, int(np.max(image_size)), [channels]
+    c, size, skips, self.down, self.up = channels, int(np.max(image_size)), [channels], [], []
     for i, m in enumerate(channel_mult):
       for _ in range(num_res_blocks):
         self.down.append([block(c, channels*m)])
@@ -146,15 +144,16 @@ class Conv:
 class Upsample(Conv):
   """Each pixel twice in both directions, then a 3x3 convolution: (B,H,W,C) -> (B,2H,2W,C)."""
   def __call__(self, x:Tensor, *_, add:Tensor|None=None) -> Tensor:
-    return super().__call__(x.repeat_interleave(2, 1).repeat_interleave(2, 2), add=add)
+    B, H, W, C = x.shape
+    x = x.reshape(B, H, 1, W, 1, C).expand(B, H, 2, W, 2, C).reshape(B, 2*H, 2*W, C)
+    return super().__call__(x, add=add)
 class GroupNorm:
   """`group_norm` with a scale (weight) and a shift (bias) of each channel, without or with SiLU."""
   def __init__(self, c:int, groups:int, eps:float):
     self.weight, self.bias = Tensor(np.ones(c, np.float32)), Tensor(np.zeros(c, np.float32))
-    self.how = dict(groups=groups, eps=eps)
-  def __call__(self, x:Tensor, silu:bool=False) -> Tensor:
-    return group_norm(x, self.weight, self.bias, silu=silu, **self.how)
-  def silu(self, x:Tensor) -> Tensor: return self(x, silu=True)
+    self.norm = functools.partial(group_norm, groups=groups, eps=eps)
+  def __call__(self, x:Tensor) -> Tensor: return self.norm(x, self.weight, self.bias)
+  def silu(self, x:Tensor) -> Tensor: return self.norm(x, self.weight, self.bias, silu=True)
 def fan_average(rng:Rng, *shape:int, scale:float=1.) -> Tensor:
   """The authors' initialisation: uniform, of variance scale · 2/(fan_in + fan_out)."""
   limit = math.sqrt(6*scale / (math.prod(shape[:-1]) + math.prod(shape[:-2])*shape[-1]))
@@ -167,15 +166,14 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
 @quick
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
   """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds: x (B,H,W,C), w (k,k,C,O).
-
   Zeros around x: on all sides at stride 1; at stride 2 right and bottom or, pad=1, left and top."""
   lo, hi = (w.shape[0]//2, w.shape[0]//2) if stride == 1 else (pad, 1-pad)
   x = x.pad((None, (lo, hi), (lo, hi), None)).contiguous()  # or each of the k² taps computes x anew
   y = x.permute(0, 3, 1, 2).conv2d(w.cast(x.dtype).permute(3, 2, 0, 1), stride=stride)
   return sum(adds, start=y.permute(0, 2, 3, 1)).cast(x.dtype)
 @quick
-def group_norm(x:Tensor, w:Tensor, b:Tensor, groups:int, silu:bool=True, eps:float=1e-6) -> Tensor:
-  """z = (x − μ)/√(σ² + eps) · w + b, μ and σ² of a group of channels; then SiLU, z · sigmoid(z)."""
+def group_norm(x:Tensor, w:Tensor, b:Tensor, groups:int, eps:float=1e-6, silu:bool=False) -> Tensor:
+  """z = (x − μ)/√(σ² + eps) · w + b, μ and σ² of a group of channels; and SiLU, z · sigmoid(z)."""
   d = x.float().reshape(x.shape[0], -1, groups, x.shape[3]//groups)
   d = (d - d.mean((1, 3), keepdim=True)).contiguous()
   z = (d * (d.square().mean((1, 3), keepdim=True) + eps).rsqrt()).reshape(x.shape) * w + b

@@ -25,6 +25,10 @@ def in_batches(step:Callable[[np.ndarray, Callable], np.ndarray], n:int, size:in
     parts = [step(np.minimum(np.arange(k, k + size), n - 1), bar.update) for k in starts]
   return np.concatenate(parts, -1)[..., :n]
 
+def mean_error(v:np.ndarray) -> tuple[float, float|None]:
+  """The mean and its standard error, None for a single value."""
+  return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else None
+
 def geometric(T:int, n:int) -> np.ndarray:
   """n + 1 whole numbers from 1 to T, each above the one before, in a constant ratio as far as that allows."""
   g = [1]

@@ -5,7 +5,7 @@ from tinygrad import Device
 from tinygrad.helpers import ALLOW_TF32, DEV
 
 def find_compiler() -> str|None:
-  """The C compiler for tinygrad's CPU device: $CC, else the newest clang. Sets $CC to its path, for tinygrad to read."""
+  """The C compiler for tinygrad's CPU device: $CC, else the newest clang. Sets $CC, which tinygrad reads, to it."""
   named = os.environ.get("CC")
   try: from fast.clang import newest
   except ImportError: found = shutil.which(named or "clang")

@@ -49,6 +49,11 @@ def number(kind:type, low:float, high:float=math.inf) -> Callable[[str], float]:
     raise argparse.ArgumentTypeError(f"it takes {'a whole ' if kind is int else 'a '}number {limits}, not {text!r}")
   return parse
 
+def table(**rows:tuple):
+  """Prints a line for each row: its name, its number, and remarks."""
+  for name, (value, *remarks) in rows.items():
+    print(f"  {name.replace('_', ' '):<32}{value:>12.6f}  {' '.join(map(str, remarks))}")
+
 def clock(seconds:float) -> str:
   """h:mm:ss, with as many hours as it takes."""
   minutes, s = divmod(round(seconds), 60)

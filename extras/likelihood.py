@@ -1,19 +1,16 @@
-"""What the paper does not measure: bits/dim by the probability-flow ODE, outliers, and the quality of samples without
-another network. evaluate.py's --ode, --against and --samples call it.
-"""
-import functools, itertools, math
+"""Bits/dim by the probability-flow ODE, Song et al. 2021 (arXiv:2011.13456): not in the paper; evaluate.py's --ode."""
+import argparse, itertools, math
 from collections.abc import Callable
 import numpy as np
 from tinygrad import Tensor
 import data
-from ddpm import DDPM, Model
+from ddpm import DDPM
+from engine.batches import in_batches, mean_error, tensors
 from engine.capture import captured
-from engine.batches import in_batches, tensors
 from engine.streams import stream
+from engine.terminal import table
 
-# *** the likelihood of the probability-flow ODE ***
-
-def ode_log_density(ddpm:DDPM, model:Model, x:np.ndarray|Tensor, steps:int, seed:int=0, probes:int=1, batch:int=32,
+def ode_log_density(ddpm:DDPM, model:Callable, x:np.ndarray|Tensor, steps:int, seed:int=0, batch:int=32,
                     labels:np.ndarray|None=None, desc:str="", start:float=0.0, discrete:bool=False) -> Tensor:
   """log p(x) of points x (n, C, H, W) in [-1, 1], by the instantaneous change of variables along the probability-flow
   ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13 and 39): a Tensor (n,), nats. Twice `steps` calls of the model.
@@ -21,29 +18,25 @@ def ode_log_density(ddpm:DDPM, model:Model, x:np.ndarray|Tensor, steps:int, seed
   In y = x/√ᾱ and s = √(1−ᾱ)/√ᾱ, the noise's deviation in y, the ODE is dy/ds = ε_θ = (y − x̂_0)/s, and log p changes by
   −tr ∂ε_θ/∂y ds = (tr ∂x̂_0/∂y − D) d log s: Heun's method for y, the trapezoidal rule in log s for log p, both exact
   where x̂_0 stands still. The grid: see `ode_grid`. From start = 0 one step leads to t = 1 (the slope is 0 at s = 0 for
-  any bounded score); a higher start says that x bears noise of that deviation. discrete: see `on_levels`. The trace: by
-  Hutchinson's estimator with `probes` draws of signs, anew for each image and call, so that over the steps their errors
-  average out; exactly with probes=0, which costs D of them.
-  ValueError unless 1 <= steps <= T."""
+  any bounded score); a higher start says that x bears noise of that deviation. discrete: see `on_levels`. The trace is
+  estimated by vᵀ(∂x̂_0/∂y)v with random signs v (Hutchinson), drawn anew for each image and call, so that their errors
+  average out over the steps. ValueError unless 1 <= steps <= T."""
   x = np.asarray(x.numpy() if isinstance(x, Tensor) else x, np.float64)
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
   if not 1 <= steps <= ddpm.T: raise ValueError(f"steps must be a whole number from 1 to T = {ddpm.T}, not {steps}")
   shape, D = x.shape[1:], x[0].size
-  if not (probes > 0 or probes == 0 and D <= 64): raise ValueError("probes must be 1 or more, or 0 if D is at most 64")
   grid = ode_grid(ddpm, steps, start)
   (first, _), (last, _) = grid[0], grid[-1]
 
-  def step(x:Tensor, s:Tensor, t:Tensor, vs:Tensor, *y:Tensor) -> tuple[Tensor, Tensor]:
+  def step(x:Tensor, s:Tensor, t:Tensor, v:Tensor, *y:Tensor) -> tuple[Tensor, Tensor]:
     x0_hat = ddpm.predict_x0(x, t, model(x, t, *y))
     if discrete: x0_hat = on_levels(x0_hat, s)
-    # E vᵀJv = tr J, and vᵀJ is the gradient of v·x̂₀
-    traces = [(v * (v * x0_hat).sum().gradient(x)[0]).flatten(1).sum(1) for v in (vs[k] for k in range(vs.shape[0]))]
-    return x0_hat.realize(), (functools.reduce(Tensor.add, traces) / len(traces)).realize()
-  run = captured(step)
+    vJ = (v * x0_hat).sum().gradient(x)[0]
+    return x0_hat.realize(), (v * vJ).flatten(1).sum(1).realize()
+  ask = captured(step)
 
-  def probe(i:int, call:int) -> np.ndarray:
-    if not probes: return math.sqrt(D) * np.eye(D).reshape(D, *shape)
-    return stream(seed, "probes", i, call).integers(0, 2, (probes, *shape)) * 2.0 - 1
+  def signs(i:int, call:int) -> np.ndarray:
+    return stream(seed, "probes", i, call).integers(0, 2, shape) * 2.0 - 1
 
   def flow(i:np.ndarray, tick:Callable) -> np.ndarray:
     label, calls = None if labels is None else labels[i], itertools.count()
@@ -51,8 +44,8 @@ def ode_log_density(ddpm:DDPM, model:Model, x:np.ndarray|Tensor, steps:int, seed
       if s == 0: return 0 * y, np.zeros(len(y))
       root = math.sqrt(1 + s * s)  # 1/√ᾱ
       call = next(calls)
-      vs = np.stack([probe(j, call) for j in i], 1)
-      x0_hat, trace = run(*tensors(y / root, np.array([s]), np.full(len(y), t), vs, label))
+      v = np.stack([signs(j, call) for j in i])
+      x0_hat, trace = ask(*tensors(y / root, np.array([s]), np.full(len(y), t), v, label))
       tick(1)
       return (y - x0_hat.numpy()) / s, D - trace.numpy().astype(np.float64) / root
     y, log_p = x[i] * math.sqrt(1 + first**2), np.zeros(len(i))
@@ -60,7 +53,8 @@ def ode_log_density(ddpm:DDPM, model:Model, x:np.ndarray|Tensor, steps:int, seed
       eps, fall = slopes(y, s, t)
       eps_next, fall_next = slopes(y + (s_next - s) * eps, s_next, t_next)
       y = y + (s_next - s) / 2 * (eps + eps_next)
-      log_p = log_p + (fall + fall_next) / 2 * (math.log(s_next / s) if s else 1)  # from 0: ∫ tr ∂ε_θ/∂y ds, s·½ slope
+      # the first step, from s = 0, is ∫ tr ∂ε_θ/∂y ds = s·½ slope
+      log_p = log_p + (fall + fall_next) / 2 * (math.log(s_next / s) if s else 1)
     # log p(x) = log N(x_T; 0, I) + ∫, and the volumes of x in y
     x_T, volume = y / math.sqrt(1 + last**2), D / 2 * math.log((1 + first**2) / (1 + last**2))
     return log_p + volume - ((x_T**2).reshape(len(x_T), -1).sum(1) + D * math.log(2 * math.pi)) / 2
@@ -72,19 +66,20 @@ def ode_grid(ddpm:DDPM, steps:int, start:float) -> list[tuple[float, int]]:
   """The ODE's steps from noise of the deviation `start` in x to time T, where x is N(0, I): (s, t), the deviation in y
   and the time at which the model is asked there.
 
-  Whole times between which log s grows evenly, as far as there are such. No model knows times below 1: up to the first
-  whole time above `start` it is asked for x̂_0 at that time."""
+  The times are whole, and as equally spaced in log s as whole times allow. No model knows times below 1: up to the
+  first whole time above `start` it is asked for x̂_0 at that time."""
   at, s_0 = np.sqrt(1 / ddpm.alpha_bar - 1), start / math.sqrt(1 - start**2)
   first = max(1, int(np.searchsorted(at, s_0)))
   below = max(1, round(steps * math.log(at[first] / s_0) / math.log(at[-1] / s_0))) if start else 1  # to time `first`
   whole = np.array([ddpm.T])
   if (n := min(steps - below, ddpm.T - first)) > 0:
+    # the largest step in log s with which n steps suffice; a wider one between two whole times is a step by itself
     width = np.diff(np.log(at[first:]))
     most = (np.sort(width).cumsum()[::-1][:n] / np.arange(n, 0, -1)).min()  # Σ min(width, most) = n most
-    place = np.append(0, np.minimum(width, most).cumsum())                  # a wider one is a step by itself
+    place = np.append(0, np.minimum(width, most).cumsum())
     whole = first + np.searchsorted(place, most * np.arange(n + 1) * (1 - 1e-9))
-  s = [*(np.geomspace(s_0, at[first], below + 1)[:-1] if start else [0.0]), *at[whole]]
-  return list(zip(s, [first] * below + whole.tolist()))
+  before = np.geomspace(s_0, at[first], below + 1)[:-1].tolist() if start else [0.0]
+  return list(zip([*before, *at[whole]], [first] * below + whole.tolist()))
 
 def on_levels(x0_hat:Tensor, s:Tensor) -> Tensor:
   """x̂_0, the mean of x_0 given y = x_0 + s ε, where x_0 is known to be one of the 256 levels: a Tensor (B, C, H, W).
@@ -117,7 +112,7 @@ def dequantized(k:np.ndarray, seed:int=0, discrete:bool=False) -> tuple[np.ndarr
   log_q = -u**2 / 2 - math.log(math.sqrt(2 * math.pi) * sd) - np.log(inside)
   return data.scaled(k) + sd * u, sd, log_q.reshape(len(k), -1).sum(1)
 
-def ode_bpd(ddpm:DDPM, model:Model, x0:np.ndarray|Tensor, steps:int, seed:int=0, discrete:bool=False,
+def ode_bpd(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, steps:int, seed:int=0, discrete:bool=False,
             **options) -> Tensor:
   """bits/dim of uint8 images by the probability-flow ODE with dequantization: a Tensor (n,).
 
@@ -128,3 +123,11 @@ def ode_bpd(ddpm:DDPM, model:Model, x0:np.ndarray|Tensor, steps:int, seed:int=0,
   x, start, log_q = dequantized(k := data.levels(x0), seed, discrete)
   log_p = ode_log_density(ddpm, model, x, steps, seed, start=start, discrete=discrete, **options)
   return (Tensor(log_q.astype(np.float32)) - log_p) / (k[0].size * math.log(2))
+
+def report_ode(a:argparse.Namespace, ddpm:DDPM, model:Callable, images:np.ndarray, labels:np.ndarray|None) -> dict:
+  """--ode at the terminal, and its numbers by name. a: the command line of evaluate.py."""
+  bpd = ode_bpd(ddpm, model, images, a.ode, a.seed, a.ode_levels, batch=a.batch, labels=labels, desc="ODE").numpy()
+  value, error = mean_error(bpd)
+  levels = ", on the levels" * a.ode_levels
+  table(probability_flow_ODE=(value, f"± {error or math.nan:.4f}, {a.ode} steps{levels}"))
+  return {"bits_per_dim": value, "standard_error": error, "steps": a.ode, "levels": a.ode_levels}

@@ -1,10 +1,11 @@
 """How samples and outliers are told from images, without another network. evaluate.py's --against and --samples."""
-import os
+import argparse
 import numpy as np
 from PIL import Image
 import data
-from engine.batches import choose
+from engine.batches import choose, mean_error
 from engine.streams import stream
+from engine.terminal import table
 from files.pictures import picture
 
 # *** outliers ***
@@ -40,10 +41,38 @@ def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int
     return np.quantile(x.reshape(len(x), -1).astype(np.float32) @ v, (np.arange(500) + 0.5) / 500, axis=0)
   return float(np.sqrt(np.square(along(a) - along(b)).mean()))
 
-def read_npz(path:str|os.PathLike) -> np.ndarray:
-  """The images (n, C, H, W) of sample.py's --npz. ValueError, in one sentence, for any other file."""
-  try: x = np.load(path, allow_pickle=False)["arr_0"]
-  except OSError as e: raise OSError(f"cannot read {path}: {e.strerror or 'it is no .npz file'}") from e
-  except Exception as e: raise ValueError(f"{path} is no .npz file with the array arr_0: {e}") from e
-  if x.ndim != 4 or x.dtype != np.uint8 or not len(x): raise ValueError(f"{path} holds no uint8 images (n, H, W, C)")
-  return x.transpose(0, 3, 1, 2)
+def compare_samples(a:argparse.Namespace, named:tuple[str, data.Dataset]):
+  """--samples at the terminal: their distance to the images, and that of as many training images.
+
+  a: the command line of evaluate.py; named: the dataset's name and images."""
+  (name, found), samples = named, data.read(a.samples).images[:a.n]
+  if samples.shape[1:] != found.images.shape[1:] or samples.dtype != found.images.dtype:
+    raise ValueError(f"{a.samples} holds {samples.dtype} of {samples.shape[1:]}, {name} {found.images.dtype} of "
+                     f"{found.images.shape[1:]}")
+  real = data.read(name, "train", a.data_dir).images
+  real = real[choose(len(real), len(samples), a.seed, "other images")]
+  table(sliced_Wasserstein_distance=(sliced_wasserstein(samples, found.images, seed=a.seed),
+                                     f"of 255, {len(samples)} samples to {len(found.images)} {a.split} images"),
+        of_as_many_training_images=(sliced_wasserstein(real, found.images, seed=a.seed),))
+
+def report_against(inside:np.ndarray, outside:dict[str, np.ndarray]) -> dict:
+  """--against at the terminal: how well bits/dim tell each set's images from those inside; the numbers by name."""
+  found = {}
+  for name, bpd in outside.items():
+    area = auc(inside, bpd)
+    table(**{f"bits_per_dim_of_{name}": (bpd.mean(),),
+             "area_under_the_ROC_curve": (area, "(1: always less likely, 0.5: no difference, 0: always likelier)")})
+    found[name] = {"auc": area, "bits_per_dim": bpd.mean(), "n": len(bpd)}
+  return found
+
+def report_naive(index:int, b) -> dict:
+  """--naive at the terminal: Eq. 3 against Eq. 5 on evaluate.py's `Trajectories` of one image; the numbers by name."""
+  (x, dx), (y, dy), eq5 = mean_error(b.eq3), mean_error(b.kl.sum(1)), b.kl.sum(1)
+  spread = {"eq3": b.eq3.var(ddof=1), "eq5": eq5.var(ddof=1),
+            "drawn": b.sampled.var(0, ddof=1).sum(), "kl": b.kl.var(0, ddof=1).sum()}
+  fall = spread["drawn"] / spread["kl"] if spread["kl"] else None
+  table(Eq_3=(x, f"± {dx:.5f}, {len(b.eq3)} trajectories of image {index}"), Eq_5=(y, f"± {dy:.5f}"),
+        variance_of_Eq_3=(spread["eq3"],), variance_of_Eq_5=(spread["eq5"],),
+        of_the_terms_drawn_alone=(spread["drawn"],), of_their_KLs=(spread["kl"],))
+  return {"n": len(b.eq3), "index": int(index), "eq3": x, "eq3_error": dx, "eq5": y,
+          "eq5_error": dy, "variance": spread, "variance_falls": fall}

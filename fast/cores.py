@@ -16,7 +16,7 @@ from tinygrad.schedule import create_schedule
 from tinygrad.uop.ops import Ops, UOp
 
 # Each core begins with its own rounds of a kernel, always the same, whose images its cache knows. A core that finishes
-# early takes rounds from the others. A kernel is done when all its rounds are: nothing waits for a core that comes late.
+# early takes rounds from the others. A kernel is done when all its rounds are, without waiting for a core that is late.
 # A core that waits for longer than a tenth of a millisecond sleeps: spinning, it would slow the one that it waits for.
 TEAM = """
 typedef unsigned long long word;
@@ -115,13 +115,12 @@ def share(linear:UOp) -> UOp:
             and math.prod(r.vmax+1 for r in kernel.src[0].src[1:]) > 2**17)
   return linear.replace(src=tuple(c.replace(src=(shared(c.src[0]), *c.src[1:])) if large(c) else c for c in linear.src))
 
-graph = property(lambda device: Team, lambda device, value: vars(device).update(graph=value))
-
 def changes() -> list[tuple]:
   """What `scope` changes: captured steps go through `Team` and large kernels through `share`. On two cores they run
   nearly twice as fast, and on one a quarter faster, because no Python runs between two kernels.
 
   A CPU device of tinygrad's that runs the rounds of a kernel in parallel would make this unnecessary."""
   if os.name != "posix" or not isinstance(Device["CPU"].renderer, ClangRenderer): return []
-  return [(tinygrad.schedule, "create_schedule", lambda sink: share(create_schedule(sink))), (CPUDevice, "graph", graph),
+  return [(tinygrad.schedule, "create_schedule", lambda sink: share(create_schedule(sink))),
+          (CPUDevice, "graph", property(lambda device: Team, lambda device, value: vars(device).update(graph=value))),
           (helpers.JIT_BATCH_SIZE, "value", 0)]  # a captured step as one call, not in parts of 32, 64, ... kernels

@@ -96,12 +96,12 @@ def softmax(s:Tensor) -> Tensor:
 
 # *** GroupNorm ***
 
-def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, silu:bool=True, eps:float=1e-6) -> Tensor:
+def group_norm(x:Tensor, weight:Tensor, bias:Tensor, groups:int, eps:float=1e-6, silu:bool=False) -> Tensor:
   """unet.group_norm."""
-  return norm_function(groups, silu, eps)(x, weight, bias)[0]
+  return norm_function(groups, eps, silu)(x, weight, bias)[0]
 
 @functools.cache
-def norm_function(groups:int, silu:bool, eps:float):
+def norm_function(groups:int, eps:float, silu:bool):
   """(x, weight, bias) -> f(z), x − μ and 1/σ: z = (x − μ)/σ · weight + bias, f SiLU or nothing."""
   def group_mean(v:Tensor, n:int) -> Tensor:  # (B,C) sums over the pixels -> (B,1,1,C) means over group and pixels
     B, C = v.shape

@@ -72,8 +72,8 @@ def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
 
 @functools.cache
 def changes() -> list[tuple]:
-  """What `scope` changes, so that a second program starts in 2.4 s instead of 16. tinygrad's own caches of schedules and
-  kernels live as long as the process; if it kept them on the disk, this would be unnecessary."""
+  """What `scope` changes, so that a second program starts in 2.4 s instead of 16. tinygrad's own caches of schedules
+  and kernels live as long as the process; if it kept them on the disk, this would be unnecessary."""
   programs = Kept("ddpm_programs", without_code, with_code)
   return [
     # For each buffer that is written, tinygrad asks whether anything computed before reads that buffer, and sorts all

@@ -80,7 +80,7 @@ def schedule(kernel:UOp, ren:Renderer) -> tuple[Opt, ...]|None:
 
 def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
   """Which loops are the tensor core's N, M and K: of all choices that fit, the one that pads least, then the one with
-  the largest tile and the longest K. A warp then keeps several tiles, so that each number it loads is used several times.
+  the largest tile and the longest K. A warp then keeps several tiles, so that a number it loads is used several times.
 
   N and M are not padded on AMD: LLVM 19 makes wrong code for the padded operands of RDNA4's WMMA."""
   reduce = s.reduceops[0]

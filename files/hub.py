@@ -7,7 +7,7 @@ import numpy as np
 from tinygrad import helpers, nn
 from files.atomic import atomic
 from files.bar import progress
-from files.weights import fill, open_tensors, refuse_pickle, write_tensors
+from files.weights import converting, fill, open_tensors, refuse_pickle, write_tensors
 from unet import Conv, ResBlock, UNet
 
 # *** tensors ***
@@ -209,7 +209,8 @@ def load(folder:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   null, flip = config.get("_null_class") is True, config.get("flip_sin_to_cos", True)
   found = {k: v for f in find_weights(place) for k, v in open_tensors(f)[0].items()}
   meta:dict = {"source": str(folder), "ddpm": {}} | find_scheduler(folder, place)
-  model = UNet(**args)
+  try: model = UNet(**args)
+  except ValueError as e: raise ValueError(f"{place/'config.json'}: {e}") from e
   state, readers = nn.state.get_state_dict(model), {}
   for ours, name in diffusers_names(model):
     theirs = name
@@ -303,8 +304,8 @@ def download(name:str) -> Path:
     missing = [f for f in shards(folder/place/file) if not get(place+f)] if file in INDICES else []
     if missing: raise OSError(f"the hub lacks {missing[0]} of {name!r}")
     return folder
-  refuse_pickle(f"{name}/{place}diffusion_pytorch_model.bin")
-  return folder
+  raise OSError(f"the hub has no {WEIGHTS[0]} of {name!r}, and a pickle is not loaded: if it has a .bin, where PyTorch "
+                f"is at hand, {converting('diffusion_pytorch_model.bin')} makes such a file of it")
 
 def in_their_cache(repo:str, revision:str) -> Path:
   """Where huggingface's own programs keep that revision."""

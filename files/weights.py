@@ -83,10 +83,13 @@ def fill(model:Any, readers:Readers, path:str|os.PathLike) -> Any:
     v.replace(Tensor(np.ascontiguousarray(new, np.float32), device=v.device).realize())
   return model
 
-def refuse_pickle(path:str|os.PathLike):
-  """ValueError for a file of PyTorch, which says how PyTorch turns it into one that is read."""
+def converting(path:str|os.PathLike) -> str:
+  """The command that makes a safetensors file of a file of PyTorch, where PyTorch is at hand."""
   new = os.path.splitext(path)[0] + ".safetensors"
-  raise ValueError(
-    f"{path} is a pickle, which can run any program when read: where PyTorch is at hand, "
-    f'python -c "import torch, safetensors.torch as s; s.save_file(torch.load({str(path)!r}, '
-    f"'cpu', weights_only=True), {new!r})\" makes a file of it that can be loaded")
+  return ('python -c "import torch, safetensors.torch as s; '
+          f's.save_file(torch.load({str(path)!r}, \'cpu\', weights_only=True), {new!r})"')
+
+def refuse_pickle(path:str|os.PathLike):
+  """ValueError for a file of PyTorch."""
+  raise ValueError(f"{path} is a pickle, which can run any program when read: where PyTorch is at hand, "
+                   f"{converting(path)} makes a file of it that can be loaded")

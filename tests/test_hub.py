@@ -10,6 +10,7 @@ from files.weights import read_tensors, write_tensors
 from tinygrad import Tensor, helpers, nn
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TINY_MODEL = unet.UNet(**TINY)
 
 def same(a, b):
   """Two networks have the same weights."""
@@ -122,10 +123,17 @@ def test_other_networks_go_there_and_back(keys, tmp_path):
   ("attention_head_dim", 3), ("block_out_channels", [8, 12]), ("block_out_channels", []),
   ("down_block_types", ["SkipDownBlock2D", "DownBlock2D"]), ("down_block_types", ["DownBlock2D"]),
   ("up_block_types", ["UpBlock2D", "UpBlock2D"])])
-def test_networks_that_are_refused(key, value, tmp_path):
-  hub.save(tmp_path, unet.UNet(**TINY))
-  change(tmp_path/"unet"/"config.json", **{key: value})
-  refused(lambda: checkpoint.load(tmp_path), f"{key} = {value!r} is not supported, only")
+def test_networks_that_are_refused(key, value):
+  config, _ = hub.to_diffusers(TINY_MODEL, {})
+  refused(lambda: hub.from_diffusers(config | {key: value}, "x"), f"x: {key} = {value!r} is not supported, only")
+  assert hub.from_diffusers(config, "x")["image_size"] == 8
+
+def test_a_refusal_names_the_file(tmp_path):
+  hub.save(tmp_path, TINY_MODEL)
+  for key, value, words in (("act_fn", "relu", ("act_fn = 'relu'",)), ("sample_size", 9, ("9x9", "divide"))):
+    change(tmp_path/"unet"/"config.json", **{key: value})
+    refused(lambda: checkpoint.load(tmp_path), tmp_path/"unet"/"config.json", *words)
+    change(tmp_path/"unet"/"config.json", act_fn="silu")
 
 def test_other_names_for_the_same_are_taken(tmp_path):
   hub.save(tmp_path, model := random_model())
@@ -155,7 +163,7 @@ def test_tensors_that_do_not_fit(tmp_path):
 
 def test_what_the_layout_cannot_hold(tmp_path):
   for key, value in (("schedule", "geometric"), ("predict", "mu"), ("sigma", "learned")):
-    refused(lambda: hub.save(tmp_path/"none", unet.UNet(**TINY), {"ddpm": {key: value}}), f"{key} = {value!r}")
+    refused(lambda: hub.save(tmp_path/"none", TINY_MODEL, {"ddpm": {key: value}}), f"{key} = {value!r}")
   refused(lambda: hub.save(tmp_path/"none", nn.Linear(2, 2)), "only a network of this program")
   assert not (tmp_path/"none").exists()
 
@@ -169,7 +177,7 @@ def test_what_the_layout_cannot_hold(tmp_path):
   ({"predict": "x0"}, {"prediction_type": "sample"}), ({"predict": "eps"}, {"prediction_type": "epsilon"}),
   ({"predict": "v"}, {"prediction_type": "v_prediction"})])
 def test_schedulers_go_there_and_back(ours, theirs, tmp_path):
-  model = unet.UNet(**TINY)
+  model = TINY_MODEL
   for clip in (True, False):
     hub.save(tmp_path, model, {"ddpm": ours, "clip": clip})
     written = hub.read_json(tmp_path/"scheduler"/"scheduler_config.json")
@@ -188,7 +196,7 @@ def test_the_same_betas():
 
 def test_a_constant_schedule_has_a_name_there(tmp_path):
   settings = {"T": 9, "schedule": "const", "beta_T": 0.3}
-  hub.save(tmp_path, unet.UNet(**TINY), {"ddpm": settings})
+  hub.save(tmp_path, TINY_MODEL, {"ddpm": settings})
   assert np.array_equal(DDPM(**checkpoint.load(tmp_path)[1]["ddpm"]).beta, DDPM(**settings).beta)
 
 @pytest.mark.parametrize("key, value", [
@@ -196,13 +204,13 @@ def test_a_constant_schedule_has_a_name_there(tmp_path):
   ("variance_type", "learned"), ("variance_type", "learned_range"), ("variance_type", "fixed_large_log"),
   ("prediction_type", "flow"), ("trained_betas", [0.1, 0.2]), ("thresholding", True),
   ("rescale_betas_zero_snr", True), ("clip_sample", "yes"), ("clip_sample_range", 2.0)])
-def test_schedulers_that_are_refused(key, value, tmp_path):
-  hub.save(tmp_path, unet.UNet(**TINY))
-  change(tmp_path/"scheduler"/"scheduler_config.json", **{key: value})
-  refused(lambda: checkpoint.load(tmp_path), f"{key} = {value!r} is not supported, only")
+def test_schedulers_that_are_refused(key, value):
+  _, config = hub.to_diffusers(TINY_MODEL, {})
+  refused(lambda: hub.from_scheduler(config | {key: value}, "x"), f"x: {key} = {value!r} is not supported, only")
+  assert hub.from_scheduler(config, "x")["clip"] is True
 
 def test_what_of_a_scheduler_does_not_matter(tmp_path):
-  hub.save(tmp_path, unet.UNet(**TINY))
+  hub.save(tmp_path, TINY_MODEL)
   change(tmp_path/"scheduler"/"scheduler_config.json", timestep_spacing="trailing", steps_offset=1, clip_sample=False,
          clip_sample_range=2.0, _class_name="DDIMScheduler", variance_type="fixed_small_log")
   assert checkpoint.load(tmp_path)[1]["ddpm"]["sigma"] == "beta_tilde"
@@ -253,7 +261,7 @@ def test_files_that_are_divided(index, tmp_path):
     refused(lambda: hub.load(tmp_path), "weight_map")
 
 def test_a_pipeline_of_more_is_refused(tmp_path):
-  hub.save(tmp_path, unet.UNet(**TINY))
+  hub.save(tmp_path, TINY_MODEL)
   change(tmp_path/"model_index.json", vqvae=["diffusers", "VQModel"])
   refused(lambda: checkpoint.load(tmp_path), "vqvae = ['diffusers', 'VQModel'] is not supported")
 
@@ -277,7 +285,9 @@ def server(tmp_path, monkeypatch):
         begin = self.headers.get("Range")
         if begin and self.headers.get("If-Range") == headers["ETag"]:
           at = int(re.fullmatch(r"bytes=(\d+)-", begin).group(1))
-          status, headers["Content-Range"], body = 206, f"bytes {at}-{len(body)-1}/{len(body)}", body[at:]
+          headers["Content-Range"] = f"bytes {at}-{len(body)-1}/{len(body)}"
+          status = 206 if at < len(body) else 416
+          body = body[at:]
       server.log.append((file, status, self.headers.get("Range")))
       self.send_response(status)
       for k, v in {**headers, "Content-Length": str(len(body))}.items(): self.send_header(k, v)
@@ -308,7 +318,7 @@ def publish(server, tmp_path, name, model, meta=None, without=()):
     if path.is_file() and file not in without: server.files[f"{name}/{file}"] = path.read_bytes()
   return folder
 
-def test_a_pipeline_from_the_hub(server, tmp_path):
+def test_a_pipeline_from_the_hub(server, tmp_path, monkeypatch):
   model, other = random_model(), random_model(seed=1)
   publish(server, tmp_path, "owner/name@main", model, {"ddpm": {"T": 7}, "clip": False})
   publish(server, tmp_path, "owner/name@v1.0", other)
@@ -317,6 +327,8 @@ def test_a_pipeline_from_the_hub(server, tmp_path):
   asked = len(server.log)
   assert same(checkpoint.load("owner/name")[0], model) and len(server.log) == asked  # it is here now
   assert same(checkpoint.load("owner/name@v1.0")[0], other)
+  monkeypatch.setenv("HF_HUB_OFFLINE", "true")
+  assert same(checkpoint.load("owner/name")[0], model)
   left = {p.name for p in (tmp_path/"cache").rglob("*") if p.is_file()}
   assert left == {WEIGHTS, "config.json", "scheduler_config.json", "model_index.json"}
 
@@ -367,9 +379,10 @@ def test_one_that_is_not_there(server, tmp_path, monkeypatch):
   refused(lambda: checkpoint.load("owner/none"), "'owner/none'", "404", "neither a file nor a folder")
   assert not [p for p in (tmp_path/"cache").rglob("*") if p.is_file()]
   publish(server, tmp_path, "owner/pickle@main", random_model(), without=(f"unet/{WEIGHTS}",))
-  refused(lambda: checkpoint.load("owner/pickle"), "owner/pickle", "pickle", "torch.load")
+  refused(lambda: checkpoint.load("owner/pickle"), "'owner/pickle'", "pickle", "torch.load")
   monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
   refused(lambda: checkpoint.load("owner/none"), "'owner/none'", "127.0.0.1:9", "refused")
+  assert not [p for p in (tmp_path/"cache/downloads/owner").glob("none*/**/*") if p.is_file()]
 
 def test_one_that_breaks_off_is_resumed(server, tmp_path):
   """At once, from where it broke off."""
@@ -384,12 +397,13 @@ def test_what_another_program_left_is_gone_on_with(server, tmp_path):
   """If it is of the same version, else all of it comes anew; never is half of it taken for the whole."""
   publish(server, tmp_path, "owner/name@main", model := random_model())
   body, place = server.files[f"owner/name@main/unet/{WEIGHTS}"], tmp_path/"cache/downloads/owner/name@main/unet"
-  for tag, status in ((f'"{hash(body)}"', 206), ('"older"', 200)):
+  for tag, left, status in ((f'"{hash(body)}"', body[:1000], 206), ('"older"', b"x" * 1000, 200),
+                            (f'"{hash(body)}"', body + b"x", 416)):
     place.mkdir(parents=True)
-    (place/f"{WEIGHTS}.part").write_bytes(body[:1000] if status == 206 else b"x" * 1000)
+    (place/f"{WEIGHTS}.part").write_bytes(left)
     (place/f"{WEIGHTS}.etag").write_text(tag)
     assert same(checkpoint.load("owner/name")[0], model)
-    assert (f"unet/{WEIGHTS}", status, "bytes=1000-") in server.log
+    assert (f"unet/{WEIGHTS}", status, f"bytes={len(left)}-") in server.log
     assert sorted(p.name for p in place.iterdir()) == ["config.json", WEIGHTS]
     shutil.rmtree(tmp_path/"cache")
 

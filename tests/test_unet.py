@@ -1,15 +1,33 @@
 """Appendix B: the network and its operations, plain (unet.py's own) and fast (fast/), against float64 by hand."""
+import contextlib, functools, json
 import numpy as np
 import pytest
 import unet
-from common import GOLDEN, TINY, arr, close, random_model
-from files import checkpoint
-from tinygrad import Tensor, TinyJit, nn
+from common import GOLDEN, ROOT, TINY, arr, close, random_model
+from engine.capture import captured
+from fast import cpu, gpu, scope
+from tinygrad import Tensor, nn
 
 @pytest.fixture(params=["plain", "fast"])
-def way(request, monkeypatch):
-  monkeypatch.setenv("PLAIN", str(int(request.param == "plain")))
-  return request.param
+def way(request):
+  with scope() if request.param == "fast" else contextlib.nullcontext(): yield request.param
+
+def test_the_quick_operations_run_inside_of_the_scope_alone(monkeypatch):
+  monkeypatch.setattr(cpu, "linear", lambda *args: "quick")
+  monkeypatch.setattr(gpu, "linear", lambda *args: "quick")
+  args = [Tensor(a) for a in (arr(1, 2), arr(2, 2), arr(2))]
+  assert unet.linear(*args).shape == (1, 2)
+  with scope(): assert unet.linear(*args) == "quick"
+  monkeypatch.setenv("PLAIN", "1")
+  with scope(): assert unet.linear(*args).shape == (1, 2)
+
+def kernels(step):
+  """The calls of a captured step, those of its graphs as well."""
+  def calls(linear):
+    for call in linear.src:
+      if call.src[0].arg == "graph": yield from calls(call.src[0].src[0])
+      else: yield call
+  return list(calls(step.jit.captured.linear))
 
 def conv_by_hand(x, w, stride, lo, hi):
   x, k = np.pad(x.astype(np.float64), ((0, 0), (lo, hi), (lo, hi), (0, 0))), w.shape[0]
@@ -40,34 +58,34 @@ def check(ours, by_hand, *arrays, atol=1e-5):
 
 # *** operations ***
 
-@pytest.mark.parametrize("B,S,C,O,k,stride", [
-  (2, 6, 5, 16, 3, 1), (8, 4, 16, 3, 3, 1), (3, 6, 4, 8, 3, 2), (2, 3, 16, 32, 1, 1), (4, 1, 8, 8, 1, 1),
-  (2, 8, 1, 4, 3, 2), (1, 7, 3, 5, 3, 1)])
-def test_convolution(B, S, C, O, k, stride, way):
-  lo, hi = (k//2, k//2) if stride == 1 else (0, 1)
+@pytest.mark.parametrize("B,H,W,C,O,k,stride,pad", [
+  (2, 6, 6, 5, 16, 3, 1, 0), (8, 4, 4, 16, 3, 3, 1, 0), (3, 6, 4, 4, 8, 3, 2, 0), (2, 3, 5, 16, 32, 1, 1, 0),
+  (4, 1, 1, 8, 8, 1, 1, 0), (2, 8, 8, 1, 4, 3, 2, 0), (1, 7, 7, 3, 5, 3, 1, 0), (2, 4, 6, 3, 8, 3, 2, 1)])
+def test_convolution(B, H, W, C, O, k, stride, pad, way):
+  lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)
   by_hand = lambda x, w, *adds: conv_by_hand(x, w, stride, lo, hi) + sum(adds)
-  adds = arr(1, 1, 1, O, seed=2), arr(B, 1, 1, O, seed=3), arr(B, S//stride, S//stride, O, seed=4)
-  check(lambda *a: unet.convolve(*a, stride=stride), by_hand, arr(B, S, S, C), arr(k, k, C, O, seed=1), *adds,
-        atol=2e-4)
+  adds = arr(1, 1, 1, O, seed=2), arr(B, 1, 1, O, seed=3), arr(B, H//stride, W//stride, O, seed=4)
+  check(functools.partial(unet.convolve, stride=stride, pad=pad), by_hand, arr(B, H, W, C), arr(k, k, C, O, seed=1),
+        *adds, atol=2e-4)
 
 def test_linear(way):
   check(unet.linear, lambda x, w, b: x @ w + b, arr(3, 8), arr(8, 12, seed=1), arr(12, seed=2))
 
-def normalized(x, groups):
+def normalized(x, groups, eps=1e-6):
   v = x.reshape(x.shape[0], -1, groups, x.shape[3]//groups)
-  return ((v - v.mean((1, 3), keepdims=True)) / np.sqrt(v.var((1, 3), keepdims=True) + 1e-6)).reshape(x.shape)
+  return ((v - v.mean((1, 3), keepdims=True)) / np.sqrt(v.var((1, 3), keepdims=True) + eps)).reshape(x.shape)
 
-@pytest.mark.parametrize("silu", [True, False])
-def test_group_norm(silu, way):
+@pytest.mark.parametrize("silu,eps", [(True, 1e-6), (False, 1e-6), (True, 0.5)])
+def test_group_norm(silu, eps, way):
   def by_hand(x, w, b):
-    z = normalized(x, 3) * w + b
+    z = normalized(x, 3, eps) * w + b
     return z / (1 + np.exp(-z)) if silu else z
-  check(lambda x, w, b: unet.group_norm(x, w, b, 3, silu), by_hand,
-        arr(3, 4, 4, 12, scale=2) + 1, arr(12, seed=1), arr(12, seed=2))
+  check(lambda x, w, b: unet.group_norm(x, w, b, 3, eps, silu), by_hand,
+        arr(3, 4, 2, 12, scale=2) + 1, arr(12, seed=1), arr(12, seed=2))
 
 def test_group_norm_far_from_zero(way):
   x = arr(2, 4, 4, 8) + 300  # Σx² − (Σx)² in float32 would lose the variance
-  y = unet.group_norm(Tensor(x), Tensor(np.ones(8, np.float32)), Tensor(np.zeros(8, np.float32)), 4, False).numpy()
+  y = unet.group_norm(Tensor(x), Tensor(np.ones(8, np.float32)), Tensor(np.zeros(8, np.float32)), 4).numpy()
   close(y, normalized(x.astype(np.float64), 4), atol=2e-3)
 
 def softmax(s):
@@ -79,18 +97,23 @@ def test_attention(N, C, way):
   by_hand = lambda q, k, v: softmax(q @ k.transpose(0, 2, 1) / np.sqrt(C)) @ v
   check(unet.attention, by_hand, arr(2, N, C, scale=3), arr(2, N, C, seed=1, scale=3), arr(2, N, C, seed=2))
 
-def test_attention_layer(way):
-  layer, x = unet.Attention(np.random.default_rng(0), 8, 2), arr(2, 3, 3, 8)
+@pytest.mark.parametrize("head", [0, 2])
+def test_attention_layer(head, way):
+  norm = functools.partial(unet.GroupNorm, groups=2, eps=1e-6)
+  layer, x = unet.Attention(np.random.default_rng(0), 8, norm, head), arr(2, 3, 3, 8)
   layer.out.weight = Tensor(arr(1, 1, 8, 8, seed=5))
   w = {k: v.numpy().astype(np.float64) for k, v in nn.state.get_state_dict(layer).items()}
   h = normalized(x.astype(np.float64), 2).reshape(2, 9, 8)
   q, k, v = [h @ w[f"{n}.weight"][0, 0] for n in "qkv"]
-  want = x.reshape(2, 9, 8) + softmax(q @ k.transpose(0, 2, 1) / np.sqrt(8)) @ v @ w["out.weight"][0, 0]
+  own = [slice(i, i + (head or 8)) for i in range(0, 8, head or 8)]
+  heads = [softmax(q[..., c] @ k[..., c].transpose(0, 2, 1) / np.sqrt(head or 8)) @ v[..., c] for c in own]
+  want = x.reshape(2, 9, 8) + np.concatenate(heads, -1) @ w["out.weight"][0, 0]
   close(layer(Tensor(x)).numpy().reshape(2, 9, 8), want, atol=1e-5)
 
 def test_upsampling():
-  x = arr(2, 3, 3, 4)
-  assert np.array_equal(unet.upsample(Tensor(x)).numpy(), x.repeat(2, 1).repeat(2, 2))
+  layer, x = unet.Upsample(np.random.default_rng(0), 4, 4), arr(2, 3, 2, 4)
+  layer.weight = Tensor(np.pad(np.eye(4, dtype=np.float32)[None, None], ((1, 1), (1, 1), (0, 0), (0, 0))))
+  assert np.array_equal(layer(Tensor(x)).numpy(), x.repeat(2, 1).repeat(2, 2))
 
 def test_dropout():
   x, seed = Tensor(np.ones((4, 8, 8, 16), np.float32)), lambda s: Tensor(np.arange(s, s+4).astype(np.uint32))
@@ -108,15 +131,27 @@ def test_dropout():
 def test_the_papers_network_has_its_number_of_parameters():
   assert sum(p.numel() for p in nn.state.get_parameters(unet.UNet())) == 35_746_307
 
-def test_time_is_embedded_from_zero_as_sines_then_cosines():
-  model = unet.UNet(**TINY)
+@pytest.mark.parametrize("shift", [1, 0])
+def test_time_is_embedded_from_zero_as_sines_then_cosines(shift):
+  model = unet.UNet(**TINY, freq_shift=shift)
   eye = lambda n, o: Tensor(np.eye(n, o, dtype=np.float32))
   model.time1.weight, model.time2.weight = eye(8, 32), eye(32, 32)  # leaves silu(silu(embedding))
   out = model.embed(Tensor(np.array([1, 2, 1000], np.int32))).numpy()[:, :8]
-  freq = 10000 ** (-np.arange(4) / 3)
+  freq = 10000 ** (-np.arange(4) / (4-shift))
   e = np.concatenate([np.sin(np.outer([0, 1, 999], freq)), np.cos(np.outer([0, 1, 999], freq))], 1)
   silu = lambda z: z / (1 + np.exp(-z))
   close(out, silu(silu(e)), atol=2e-4)
+
+def test_the_frequencies_are_made_once_and_are_no_weight(monkeypatch):
+  """Also if a step that is being captured asks for them first: the step would copy them from the host each time."""
+  unet.frequencies.cache_clear()
+  model, t = unet.UNet(**TINY), [Tensor(np.array([i], np.int32)).realize() for i in (1, 500)]
+  step = captured(lambda t: model.embed(t).realize())
+  first, second = step(t[0]).numpy(), step(t[1]).numpy()
+  close(first, model.embed(t[0]).numpy(), atol=1e-6)
+  close(second, model.embed(t[1]).numpy(), atol=1e-6)
+  assert {c.src[0].op.name for c in kernels(step)} == {"PROGRAM"}
+  assert not [k for k in nn.state.get_state_dict(model) if "freq" in k]
 
 def test_initialisation():
   w = unet.fan_average(np.random.default_rng(0), 3, 3, 64, 32).numpy()
@@ -131,10 +166,9 @@ def test_gradients_of_the_network_by_finite_differences():
   x, t, y, r = (Tensor(arr(4, 1, 8, 8)), Tensor(np.array([1, 5, 500, 1000], np.int32)),
                 Tensor(np.array([0, 1, 2, 1], np.int32)), Tensor(arr(4, 1, 8, 8, seed=1)))
   for v in (x, t, y, r): v.realize()
-  f = TinyJit(lambda: (model(x, t, y) * r).sum().realize())
   names, params = zip(*nn.state.get_state_dict(model).items())
-  grads = (model(x, t, y) * r).sum().gradient(*params)
-  Tensor.realize(*grads)
+  f = captured(lambda: (model(x, t, y) * r).sum().realize())
+  grads = captured(lambda: (model(x, t, y) * r).sum().gradient(*params))()
   for pick in ("conv_in.weight", "time1.weight", "label", "down.0.0.temb.weight", "down.1.0.weight", "mid.1.q.weight",
                "up.1.0.shortcut.weight", "up.1.2.bias", "norm_out.weight"):
     p, g = params[names.index(pick)], grads[names.index(pick)].numpy()
@@ -147,24 +181,49 @@ def test_gradients_of_the_network_by_finite_differences():
     p.assign(Tensor(kept)).realize()
     assert abs((vals[0]-vals[1])/(2*h) - (g*d).sum()) < 0.03 * np.abs(g*d).sum(), pick
 
-def test_plain_and_fast_are_the_same_network(monkeypatch):
+@pytest.mark.parametrize("options", [
+  dict(in_channels=3, num_classes=2),
+  dict(in_channels=1, image_size=(8, 16), out_channels=2, head_channels=4, norm_eps=1e-3, down_pad=1, freq_shift=0)])
+def test_plain_and_fast_are_the_same_network(options):
   """Values and all gradients of a network with every kind of layer."""
-  model = random_model(num_classes=2, in_channels=3, channel_mult=(1, 2, 2), image_size=16, attn_resolutions=(8, 4))
-  x, t, y, r = arr(2, 3, 16, 16), np.array([3, 800], np.int32), np.array([2, 0], np.int32), arr(2, 3, 16, 16, seed=1)
+  model = random_model(**dict(channel_mult=(1, 2, 2), image_size=16, attn_resolutions=(8, 4)) | options)
+  H, W = np.broadcast_to(model.config["image_size"], 2)
+  c, o = model.conv_in.weight.shape[2], model.conv_out.weight.shape[3]
+  x, t, y, r = arr(2, c, H, W), np.array([3, 800], np.int32), np.array([2, 0], np.int32), arr(2, o, H, W, seed=1)
   def both():
-    out = model(Tensor(x), Tensor(t), Tensor(y))
+    out = model(Tensor(x), Tensor(t), Tensor(y) if model.config["num_classes"] else None)
     grads = (out * Tensor(r)).sum().gradient(*nn.state.get_parameters(model))
     Tensor.realize(out, *grads)
     return out.numpy(), [g.numpy() for g in grads]
-  (out, grads), _ = both(), monkeypatch.setenv("PLAIN", "1")
   plain_out, plain_grads = both()
+  with scope(): out, grads = both()
   close(out, plain_out, rtol=0, atol=1e-5 * np.abs(plain_out).max())
   greatest = max(np.abs(g).max() for g in plain_grads)
   for g, p in zip(grads, plain_grads): close(g, p, rtol=0, atol=1e-5 * greatest)
 
+def test_the_arguments_and_the_names_of_the_weights():
+  """A file of before these arguments loads as it did: its config lacks them, its weights have these names."""
+  sizes = dict(in_channels=1, channels=16, channel_mult=[1, 2, 4], num_res_blocks=1, attn_resolutions=[7], dropout=0.0,
+               image_size=28, norm_groups=8, num_classes=10, seed=0)
+  with open(ROOT/"checkpoints"/"mnist.safetensors", "rb") as f:
+    header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+  model = unet.UNet(**sizes)
+  state = nn.state.get_state_dict(model)
+  assert {k: list(v.shape) for k, v in state.items()} == {k: v["shape"] for k, v in header.items() if "shape" in v}
+  new = dict(out_channels=None, head_channels=0, norm_eps=1e-6, down_pad=0, freq_shift=1)
+  assert json.loads(json.dumps(model.config)) == sizes | new
+
+@pytest.mark.parametrize("size,attn,where", [((8, 16), (8,), 1), ((16, 8), (8,), 1), (8, (8,), 0), ((4, 8), (4,), 1)])
+def test_where_attention_is(size, attn, where):
+  """At the level at which the longer side has this length; a model takes images of other sides than its own."""
+  model = unet.UNet(**TINY | dict(image_size=size, attn_resolutions=attn))
+  has = [i for i, layers in enumerate(model.down) if any(isinstance(layer, unet.Attention) for layer in layers)]
+  assert has == [2*where]  # down: a block, halving, a block
+
 @pytest.mark.parametrize("case", ["diffusers_tiny", "diffusers_tiny_old_names"])
 def test_known_answers(case, way):
   if not (GOLDEN/case).exists(): pytest.skip("the known answers are not on this machine")
+  from files import checkpoint
   model, _ = checkpoint.load(GOLDEN/case)
   known = np.load(GOLDEN/case/"case.npz")
   out = model(Tensor(known["x"]), Tensor((known["timestep_from_0"]+1).astype(np.int32))).numpy()
@@ -172,6 +231,8 @@ def test_known_answers(case, way):
 
 @pytest.mark.parametrize("wrong,word", [
   ({"image_size": 9}, "divide"), ({"norm_groups": 3}, "groups"), ({"channels": 7}, "even|groups"),
-  ({"dropout": 1.0}, "dropout"), ({"channel_mult": ()}, "size"), ({"num_classes": -1}, "size")])
+  ({"dropout": 1.0}, "dropout"), ({"channel_mult": ()}, "size"), ({"num_classes": -1}, "size"),
+  ({"image_size": (8, 9)}, "8x9"), ({"head_channels": 3}, "head_channels"), ({"down_pad": 2}, "down_pad"),
+  ({"out_channels": -1}, "size"), ({"norm_eps": 0}, "norm_eps")])
 def test_sizes_that_do_not_fit(wrong, word):
   with pytest.raises(ValueError, match=word): unet.UNet(**{**TINY, **wrong})
