@@ -6,7 +6,7 @@ import unet
 from common import GOLDEN, ROOT, TINY, arr, close, random_model
 from engine.capture import captured
 from fast import cpu, gpu, scope
-from tinygrad import Tensor, nn
+from tinygrad import Context, Tensor, nn
 
 @pytest.fixture(params=["plain", "fast"])
 def way(request):
@@ -183,10 +183,10 @@ def test_gradients_of_the_network_by_finite_differences():
 
 @pytest.mark.parametrize("options", [
   dict(in_channels=3, num_classes=2),
-  dict(in_channels=1, image_size=(8, 16), out_channels=2, head_channels=4, norm_eps=1e-3, down_pad=1, freq_shift=0)])
+  dict(in_channels=1, image_size=(8, 4), out_channels=2, head_channels=4, norm_eps=1e-3, down_pad=1, freq_shift=0)])
 def test_plain_and_fast_are_the_same_network(options):
   """Values and all gradients of a network with every kind of layer."""
-  model = random_model(**dict(channel_mult=(1, 2, 2), image_size=16, attn_resolutions=(8, 4)) | options)
+  model = random_model(**options)
   H, W = np.broadcast_to(model.config["image_size"], 2)
   c, o = model.conv_in.weight.shape[2], model.conv_out.weight.shape[3]
   x, t, y, r = arr(2, c, H, W), np.array([3, 800], np.int32), np.array([2, 0], np.int32), arr(2, o, H, W, seed=1)
@@ -195,7 +195,7 @@ def test_plain_and_fast_are_the_same_network(options):
     grads = (out * Tensor(r)).sum().gradient(*nn.state.get_parameters(model))
     Tensor.realize(out, *grads)
     return out.numpy(), [g.numpy() for g in grads]
-  plain_out, plain_grads = both()
+  with Context(NOOPT=1): plain_out, plain_grads = both()  # as it is compiled sooner
   with scope(): out, grads = both()
   close(out, plain_out, rtol=0, atol=1e-5 * np.abs(plain_out).max())
   greatest = max(np.abs(g).max() for g in plain_grads)
@@ -203,15 +203,14 @@ def test_plain_and_fast_are_the_same_network(options):
 
 def test_the_arguments_and_the_names_of_the_weights():
   """A file of before these arguments loads as it did: its config lacks them, its weights have these names."""
-  sizes = dict(in_channels=1, channels=16, channel_mult=[1, 2, 4], num_res_blocks=1, attn_resolutions=[7], dropout=0.0,
-               image_size=28, norm_groups=8, num_classes=10, seed=0)
   with open(ROOT/"checkpoints"/"mnist.safetensors", "rb") as f:
     header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+  sizes = json.loads(header["__metadata__"]["config"])
   model = unet.UNet(**sizes)
   state = nn.state.get_state_dict(model)
   assert {k: list(v.shape) for k, v in state.items()} == {k: v["shape"] for k, v in header.items() if "shape" in v}
   new = dict(out_channels=None, head_channels=0, norm_eps=1e-6, down_pad=0, freq_shift=1)
-  assert json.loads(json.dumps(model.config)) == sizes | new
+  assert json.loads(json.dumps(model.config)) == new | sizes
 
 @pytest.mark.parametrize("size,attn,where", [((8, 16), (8,), 1), ((16, 8), (8,), 1), (8, (8,), 0), ((4, 8), (4,), 1)])
 def test_where_attention_is(size, attn, where):
