@@ -24,27 +24,23 @@ test: setup .venv/pytest
 lint: .venv/pytest
 	@$(PY) -m ruff check -q && $(PY) -m mypy --no-error-summary
 
-# Table 2 of the paper on a small budget: what is predicted, with which variance and loss (see README.md)
+# Table 2 of the paper on a small budget: six runs, each with its bound
 table2: setup
-	@for row in "mu vlb beta" "mu vlb beta_tilde" "mu simple beta" "eps vlb beta" "eps vlb beta_tilde" "eps simple beta"; do set -- $$row; \
-	  $(PY) train.py --dataset $(DATASET) --no-class-conditional --min-snr 0 --predict $$1 --loss $$2 --sigma $$3 --out runs/table2/$(DATASET)-$$1-$$2-$$3 $(ARGS) && \
-	  $(PY) evaluate.py --checkpoint runs/table2/$(DATASET)-$$1-$$2-$$3/ema.safetensors --n 500 --json runs/table2/$(DATASET)-$$1-$$2-$$3/bound.json || exit 1; done
-	@for f in runs/table2/$(DATASET)-*/bound.json; do echo "$$(basename $$(dirname $$f)): $$($(PY) -c 'import json, sys; b = json.load(open(sys.argv[1])); print("%.3f +- %.3f bits/dim" % (b["bits_per_dim"], b["standard_error"]))' $$f)"; done
+	@$(PY) figures.py table2 --dataset $(DATASET) $(ARGS)
 
-# the pictures of README.md, from the model in the box (needs MNIST: two of them begin with test images)
+# the pictures of README.md, from the model in the box (needs MNIST: some begin with test images)
 CHECKPOINT ?= checkpoints/mnist.safetensors
 STEPS ?= 1000
 DRAW = $(PY) sample.py --checkpoint $(CHECKPOINT)
+FIGURE = $(PY) figures.py --checkpoint $(CHECKPOINT) --steps $(STEPS)
 gallery: setup
 	@mkdir -p assets
 	@$(DRAW) --steps $(STEPS) --n 64 --out assets/samples.png
 	@$(DRAW) --steps $(STEPS) --n 9 --out assets/reverse.png --gif assets/reverse.gif
-	@$(DRAW) --steps $(STEPS) --progressive --n 6 --out assets/progressive.png
-	@$(DRAW) --steps $(STEPS) --interpolate 500 --n 4 --out assets/interpolation.png
 	@$(DRAW) --sampler ddim --steps $$(($(STEPS)/10)) --classes --guidance 2 --out assets/classes.png
-	@$(PY) evaluate.py --checkpoint $(CHECKPOINT) --n 64 --samples-t 200 --rate-distortion assets/rate-distortion.csv
-	@$(PY) -c 'import json, sys; from files import pictures; log = [json.loads(line) for line in open(sys.argv[1])]; \
-	  pictures.loss_curve("assets/loss.png", *([e[k] for e in log] for k in ("step", "loss", "smooth")))' $(CHECKPOINT:.safetensors=.jsonl)
+	@$(FIGURE) 5 --out assets/rate-distortion.png
+	@$(FIGURE) 6 --n 6 --out assets/progressive.png
+	@$(FIGURE) 8 --n 4 --out assets/interpolation.png
 	@rm -f assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
 
 setup: .venv/ready

@@ -13,10 +13,11 @@ import numpy as np
 from tinygrad import Tensor
 import data
 from ddpm import DDPM
+from engine import hosts
 from engine.batches import choose, geometric, in_batches, mean_error, tensors
 from engine.capture import captured
 from engine.streams import stream
-from engine.terminal import number, parser, run, table
+from engine.terminal import number, parser, table
 from extras.likelihood import report_ode
 from extras.quality import compare_samples, contrast, report_against, report_naive
 from files.atomic import atomic
@@ -192,8 +193,8 @@ def report_bound(T:int, b:Bound, how:str) -> dict:
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)
+  if a.samples: return compare_samples(a)
   path, net, ddpm, meta = open_model(a)
-  if a.samples: return compare_samples(a, open_images(a, a.split, path, net, meta))
   if max(a.samples_t, a.ode or 0) > ddpm.T: raise ValueError(f"this model has but {ddpm.T} times")
   name, found = open_images(a, a.split, path, net, meta)
   if found.limits: raise ValueError(f"{name} has floats, but the decoder of Eq. 13 is for 8 bits")
@@ -220,7 +221,7 @@ def main(argv:list[str]|None=None):
     y = None if labels is None else labels[first]
     found3 = trajectory_bound(ddpm, net, images[first], labels=y, desc="trajectories", **common)
     result["naive"] = report_naive(index[0], found3)
-  if a.json:
+  if a.json and not hosts.rank():
     with atomic(a.json) as f: f.write(json.dumps(result, indent=1, default=float).encode() + b"\n")
 
-if __name__ == "__main__": run(main)
+if __name__ == "__main__": hosts.run(main)

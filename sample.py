@@ -8,21 +8,24 @@ which a step arrived, the image there, and the x_0 that the model saw. The first
 last one arrives at 0. What is wrong with the arguments is said at the call.
 """
 from __future__ import annotations
-import argparse, functools, inspect, os, sys
+import argparse, functools, inspect, math, os, sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 import data
 from ddpm import DDPM
+from engine import hosts
 from engine.batches import drawing
 from engine.capture import captured, placed
 from engine.device import open_device
+from engine.folder import claim
 from engine.streams import normals, stream
-from engine.terminal import number, parser, run
+from engine.terminal import number, parser
+from extras import editing
 from extras.guidance import all_equally, labelling
 from extras.samplers import MOVES, Moves
-from files import checkpoint, pictures
+from files import checkpoint, parts
 from unet import DTYPES, UNet, lower
 
 Visits = Iterator[tuple[int, Tensor, Tensor]]
@@ -69,9 +72,8 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   index = first + np.arange(len(x_T)) if isinstance(first, (int, np.integer)) else np.array(first)
   if len(index) != len(x_T): raise ValueError(f"{len(index)} indices for {len(x_T)} images")
   rngs = [stream(seed, "z", i) for i in index]
-  key = (ddpm, id(model), tuple(times), clip, moves, tuple(options.items()), start.shape,
-         start.device)
-  step = [on_device(move, chain, model, clip, jits, (*key, i)) for i, move in enumerate(made)]
+  key = (ddpm, id(model), *times, clip, moves, *options.items(), start.shape, start.device)
+  step = [on_device(move, chain, model, clip, jits, (*key, made.index(move))) for move in made]
   def loop(x_t:Tensor) -> Visits:                  # 1: x_T ~ N(0, I)
     for t in range(chain.T, last - 1, -1):         # 2: for t = T, ..., 1 do
       for move in step:
@@ -104,7 +106,7 @@ SAMPLERS:dict[str, Callable[..., Visits]] = {"ddpm": sample_ddpm} | {
 
 def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
-  open_device(a.tf32)
+  hosts.take_device(open_device(a.tf32))
   path = checkpoint.find(a.checkpoint, a.raw)
   net, meta = checkpoint.load(path, a.raw)
   try: ddpm = DDPM(**meta.get("ddpm", {}))
@@ -148,16 +150,19 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--eta", type=number(float, 0, 1), help="ddim's noise: 0, none, to 1, Algorithm 2's")
   add("--no-clip", action="store_true", help="leave x̂_0 as it is, not brought into [-1, 1]")
   add("--n", type=number(int, 1), help="images (default: 16), or images of each class (8)")
+  add("--first", type=number(int, 0), default=0, help="the number of the first image (0)")
   add("--class", dest="label", metavar="K", help="by name or number (default: all classes equally)")
   add("--classes", action="store_true", help="a row of images for each class")
   add("--guidance", type=number(float, 0, 100), help="0: no label, 1: plain (default), more")
-  add("--out", default="samples.png", help="the picture (default: %(default)s)")
-  add("--npz", help="also the images as they are: arr_0, uint8 (N, H, W, C), and labels, arr_1")
-  add("--gif", help="also the reverse process as an animation")
-  a = p.parse_args(argv)
+  add("--out", default="samples.png", help="a picture of the first 256 (default: %(default)s)")
+  add("--npz", help="also the images as they are: arr_0, (N, H, W, C), and their labels, arr_1")
+  add("--png", metavar="FOLDER", help="also a file for each image: 000000.png ...")
+  add("--gif", help="also the reverse process of the first 256 as an animation")
+  editing.flags(add)
+  a = editing.check(p.parse_args(argv))
   if a.eta is not None and a.sampler != "ddim": p.error(f"--eta is for ddim, not for {a.sampler}")
   if a.label is not None and a.classes: p.error("--class is one class, --classes all: choose one")
-  check_places(a.out, a.npz, a.gif)
+  check_places(a.out, a.npz, a.gif, a.png and f"{a.png}/.png")
   return a
 
 def check_places(*paths:str|None):
@@ -173,7 +178,8 @@ def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> n
   if not classes and (a.classes or a.label is not None or a.guidance is not None):
     raise ValueError(f"{path} is trained without classes")
   if a.classes: return np.arange(classes, dtype=np.int32).repeat(a.n or 8)
-  if a.label is None: return all_equally(a.n or 16, classes, a.seed)
+  if a.label is None and editing.asked(a): return np.full(a.n, classes, np.int32)
+  if a.label is None: return all_equally(a.first + (a.n or 16), classes, a.seed)[a.first:]
   k = names.index(a.label) if a.label in names else int(a.label) if a.label.isdigit() else classes
   if k < classes: return np.full(a.n or 16, k, np.int32)
   known = ", ".join(names) or f"0 to {classes - 1}"
@@ -182,25 +188,33 @@ def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> n
 def main(argv:list[str]|None=None):
   a = arguments(argv)
   path, net, ddpm, meta = open_model(a)
-  c = net.config
-  labels = labels_of(a, c["num_classes"], meta.get("classes", []), path)
-  times = timesteps(ddpm.T, a.steps or ddpm.T)
+  names = meta.get("classes", [])
+  labels = labels_of(a, net.config["num_classes"], names, path)
+  times, n = timesteps(ddpm.T, a.steps or ddpm.T), len(labels)
   options = {} if a.eta is None else {"eta": a.eta}
   sampler = functools.partial(SAMPLERS[a.sampler], ddpm, seed=a.seed, jits={}, **options,
                               clip=meta.get("clip", True) and not a.no_clip)
-  draw = drawing(sampler, labelling(net, 1 if a.guidance is None else a.guidance), a.batch)
+  labelled = labelling(net, 1 if a.guidance is None else a.guidance)
+  if editing.edit(a, ddpm, sampler, labelled, image_shape(net), meta, labels, times): return
+  draw = drawing(sampler, labelled, a.batch)
   print(f"{path}: {a.sampler}, {len(times) - 1} steps", file=sys.stderr)
-  x_T = draw_x_T(len(labels), image_shape(net), a.seed).numpy()
   seen = [times[round(i)] for i in np.linspace(1, len(times) - 1, 50)] if a.gif else [0]
-  out = draw(x_T, labels, times, keep=seen)
-  images = data.to_uint8(out[0][0])
-  columns = len(labels) // c["num_classes"] if a.classes else None
-  if a.npz: pictures.save_npz(a.npz, images)
-  if a.gif:
-    movie = [x_T, *(out[t][0] for t in sorted(out, reverse=True))]
-    pictures.save_gif(a.gif, [pictures.grid(data.to_uint8(x), columns) for x in movie])
-  pictures.save_png(a.out, pictures.grid(images, columns))
-  if sys.stdout.isatty(): print(pictures.to_terminal(images))
-  print("wrote " + ", ".join(filter(None, (a.out, a.npz, a.gif))), file=sys.stderr)
+  size = math.ceil(n / math.ceil(n / min(a.batch, math.ceil(n / hosts.size()))))
+  def batch(start:int) -> tuple[np.ndarray, np.ndarray]:  # the images, and what is shown of them
+    x_T = draw_x_T(size, image_shape(net), a.seed, a.first + start).numpy()
+    i, keep = np.arange(start, start + size), seen if start < parts.SHOWN else [0]
+    out = draw(x_T, labels[i % n], times, keep, a.first + i, f"images {start + 1} on, of {n}")
+    movie = [x[:n - start] for x in (x_T, *(out[t][0] for t in sorted(out, reverse=True)))]
+    return data.unscaled(movie[-1], meta.get("limits")), np.stack([*map(data.to_uint8, movie)])
+  facts = {k: v for k, v in vars(a).items() if k not in ("checkpoint", "batch", "out", "npz")}
+  key = parts.key(net, meta, labels, size, Device.DEFAULT.split(":")[0], facts)
+  place = Path(f"{a.npz or a.png or a.out}.{key}.parts")
+  with parts.kept(place, a.png, range(a.first, a.first + n), hosts.rank() == 0), claim(place):
+    starts = range(0, n, size)
+    hosts.same(missing := parts.missing(place, starts))
+    for start in np.array(starts)[missing][hosts.rank()::hosts.size()]:
+      parts.save(place, start, *batch(start), a.png, a.first)
+    hosts.gather(missing)  # waits for all
+    if hosts.rank() == 0: parts.write(a, place, labels, net.config["num_classes"], names)
 
-if __name__ == "__main__": run(main)
+if __name__ == "__main__": hosts.run(main)

@@ -3,13 +3,13 @@
 py=$1
 check() {  # says what is wrong: 1 what clang would not mend, 2 no clang and no other device
   PLAIN=1 "$py" -c 'if True:
-    import contextlib, io, os, sys
-    from engine.device import clang, open_device
+    import contextlib, io, sys
+    from engine.device import find_compiler, open_device
     try:
       with contextlib.redirect_stderr(io.StringIO()): open_device()
     except RuntimeError as e:
       print(e)
-      sys.exit(1 if clang(os.environ.get("CC")) else 2)'
+      sys.exit(1 if find_compiler() else 2)'
 }
 end() {
   [ -z "$message" ] || echo "$message" >&2

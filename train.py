@@ -10,12 +10,12 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 import data, sample
 from ddpm import CHOICES, DDPM
-from engine import folder
+from engine import folder, hosts
 from engine.capture import captured, placed
 from engine.device import open_device
 from engine.state import State
 from engine.streams import stream
-from engine.terminal import field_flag, parser, run
+from engine.terminal import field_flag, parser
 from extras import objectives
 from files import checkpoint, pictures
 from unet import DTYPES, UNet
@@ -155,25 +155,28 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
   images: what `data.read` takes: a name, a path, or an array (N, C, H, W) with its labels (N,).
   model: any object with tensors as attributes, called as model(x_t, t), or as model(x_t, t, y) with
   class_conditional. Without one it is the U-Net that c describes."""
+  name = str(images) if isinstance(images, str | os.PathLike) else None
+  c = dataclasses.replace(c, dataset=name, out=folder.place(c.out, name))
   objectives.check(c)
-  open_device(c.tf32)
+  hosts.take_device(open_device(c.tf32))
+  hosts.share(c.batch, c.accum)
   multiple = 2**(len(c.channel_mult) - 1) if model is None else 1
   how = {"size": c.image_size, "fit": c.fit, "mode": c.mode, "multiple": multiple}
   found, out = data.read(images, "train", c.data_dir, labels=labels, **how), Path(c.out)
   classes, null = found.classes if c.class_conditional else [], len(found.classes)
-  if len(classes) == 1: raise ValueError(f"there is but one class of images: {LAYOUTS}")
   ddpm = DDPM(**{k: getattr(c, k) for k in DIFFUSION})
   net = UNet(**network(c, found.images.shape, len(classes))) if model is None else model
-  state = State(net, DTYPES[c.dtype])
-  fixed, about = folder.settings(c, net, found), description(c, net, found, images) | {"how": how}
+  objectives.check_data(net, found, classes)
+  state, about = State(net, DTYPES[c.dtype]), description(c, net, found) | {"how": how}
+  fixed = folder.settings(c, about.get("unet"), found)
   with folder.claim(out):
     begun, smooth = folder.begin(c, state, fixed)
     folder.introduce(c, state, found, begun, float(ddpm.alpha_bar[-1]))
     if begun >= c.steps: return out
     loss, update = make_loss(ddpm, c), make_update(state, c)
     show = make_show(c, ddpm, state, found.images.shape[1:], len(classes))
-    held_out = objectives.held_out(c, images, null, how)
     chances = objectives.chances(ddpm, c.min_snr)[1] if c.times == "weighted" else None
+    held_out = objectives.held_out(c, null, how, chances)
     with folder.Record(c, state, loss, held_out, show, about, fixed, begun, smooth) as record:
       for n in range(begun + 1, c.steps + 1):                            # 1: repeat
         batch = draw(c, found.images, found.labels, null, n, chances)    # 2-4: x₀, t, ε
@@ -187,22 +190,20 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
 DIFFUSION = ("T", "beta_1", "beta_T", "schedule", "sigma", "predict")  # the arguments of DDPM
 NETWORK = {"attn": "attn_resolutions"} | {k: k for k in (              # and some of UNet
   "channels", "channel_mult", "num_res_blocks", "dropout", "norm_groups")}
-LAYOUTS = ("classes are sub-folders, the beginnings of names such as cat_1.png, a dataset.json, or "
-           "the labels of an array")
 
 def network(c:Config, shape:tuple[int, ...], classes:int) -> dict:
-  """The arguments of `UNet` for images of a shape (N, C, H, W)."""
+  """The arguments of `UNet` for images of a shape (N, C, H, W); what c does not say is --init's."""
   _, C, H, W = shape
-  return {theirs: getattr(c, ours) for ours, theirs in NETWORK.items()} | dict(
+  more = checkpoint.load(checkpoint.find(c.init))[1]["unet"] if c.init else {}
+  return more | {theirs: getattr(c, ours) for ours, theirs in NETWORK.items()} | dict(
     in_channels=C, image_size=H if H == W else (H, W), num_classes=classes, seed=c.seed,
     out_channels=2*C if c.sigma == "learned" else None)
 
-def description(c:Config, net:Any, found:data.Dataset, images:Any) -> dict:
+def description(c:Config, net:Any, found:data.Dataset) -> dict:
   """What a checkpoint says of itself."""
-  name = str(images) if isinstance(images, str | os.PathLike) else None
-  about = {"ddpm": {k: getattr(c, k) for k in DIFFUSION}, "dataset": name, "limits": found.limits,
-           "classes": found.classes if c.class_conditional else []}
-  return about | ({"unet": net.config} if isinstance(net, UNet) else {})
+  about = {"ddpm": {k: getattr(c, k) for k in DIFFUSION}, "dataset": c.dataset,
+           "limits": found.limits, "classes": found.classes if c.class_conditional else []}
+  return about | ({"unet": net.config} if type(net) is UNet else {})
 
 def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],
               classes:int) -> Callable[[int], None]:
@@ -228,9 +229,10 @@ def arguments(argv:list[str]|None=None) -> Config:
   for f in dataclasses.fields(Config): field_flag(p, f.name, str(f.type), f.default, **f.metadata)
   given = vars(p.parse_args(argv))
   source = given.get("dataset", "glyphs")
-  preset = PRESETS.get(source, OTHERS) | {"out": f"runs/{Path(source).stem or 'folder'}"}
+  preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
   if given.get("init"): preset |= of_checkpoint(given)
-  if {"predict", "loss", "times"} & given.keys(): preset["min_snr"] = 0.0
+  of_eps = preset.get("predict", "eps") == "eps" and preset.get("sigma") != "learned"
+  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0
   c = Config(**preset | given)
   if c.anneal and "anneal" not in given:
     c = dataclasses.replace(c, anneal=folder.annealed(Path(c.out), c.steps, c.anneal, c.restart))
@@ -238,8 +240,10 @@ def arguments(argv:list[str]|None=None) -> Config:
 
 def of_checkpoint(given:dict) -> dict:
   """The network and the diffusion of --init's checkpoint. Says where the flags `given` differ."""
+  open_device(given.get("tf32", False))
   meta = checkpoint.load(checkpoint.find(given["init"]))[1]
   found = {ours: meta["unet"][theirs] for ours, theirs in NETWORK.items()} | meta.get("ddpm", {})
+  found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
   for k in [k for k in found if given.get(k, found[k]) != found[k]]:
     print(f"{given['init']} has {k} = {found[k]}; here it is {given[k]}", file=sys.stderr)
   return found
@@ -250,4 +254,4 @@ def main(argv:list[str]|None=None):
   made = [name for name in ("samples.png", "loss.png", "ema.safetensors") if (out/name).exists()]
   print("done:", ", ".join(f"{out}/{name}" for name in made), file=sys.stderr)
 
-if __name__ == "__main__": run(main)
+if __name__ == "__main__": hosts.run(main)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tinygrad import Tensor
 from tinygrad.helpers import tqdm
+from engine import hosts
 from engine.streams import stream
 from files.bar import progress
 
@@ -17,13 +18,16 @@ def tensors(*arrays:np.ndarray|None) -> list[Tensor]:
 
 def in_batches(step:Callable[[np.ndarray, Callable], np.ndarray], n:int, size:int, desc:str="",
                rounds:int=1) -> np.ndarray:
-  """step(i, tick) -> (..., size) over all i of 0..n-1, `size` at a time: (..., n). The last batch, filled up with n-1,
-  is cut. desc: a bar with the time left, if stderr is a terminal; step calls tick(1) `rounds` times."""
-  size = min(size, n)
-  starts = range(0, n, size)
+  """step(i, tick) -> (..., size) over all i of 0..n-1, `size` at a time: (..., n). What is beyond n-1, to fill up the
+  last batch, is cut. desc: a bar with the time left, if stderr is a terminal; step calls tick(1) `rounds` times.
+
+  Each of several processes does as many batches, and gets the results of all."""
+  size = min(size, math.ceil(n / hosts.size()))
+  mine = math.ceil(math.ceil(n / size) / hosts.size()) * size
+  starts = range(hosts.rank() * mine, (hosts.rank() + 1) * mine, size)
   with tqdm(total=len(starts) * rounds, desc=desc, disable=None if desc else True) as bar:
     parts = [step(np.minimum(np.arange(k, k + size), n - 1), bar.update) for k in starts]
-  return np.concatenate(parts, -1)[..., :n]
+  return hosts.gather(np.concatenate(parts, -1))[..., :n]
 
 def mean_error(v:np.ndarray) -> tuple[float, float|None]:
   """The mean and its standard error, None for a single value."""
@@ -41,15 +45,15 @@ def drawing(sampler:Callable, labelled:Callable, most:int) -> Callable[..., dict
 
   sampler(model, x, times, first=index) as in sample.py; labelled(labels) is a model of these labels."""
   def draw(x:np.ndarray, labels:np.ndarray, times:list[int], keep:Sequence[int]=(0,),
-           index:np.ndarray|None=None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+           index:np.ndarray|None=None, desc:str="") -> dict[int, tuple[np.ndarray, np.ndarray]]:
     n, index = len(x), np.arange(len(x)) if index is None else index
     size = math.ceil(n / math.ceil(n / most))
     out:dict[int, tuple[list, list]] = {t: ([], []) for t in keep}
     for i in range(0, n, size):
       at = np.arange(i, i + size) % n  # the last batch is filled up, and cut again below
       visits = sampler(labelled(labels[at]), x[at], times, first=index[at])
-      desc = f"images {i + 1}-{min(i + size, n)} of {n}"
-      for t, *pair in progress(visits, desc, len(times) - 1):
+      said = desc or f"images {i + 1}-{min(i + size, n)} of {n}"
+      for t, *pair in progress(visits, said, len(times) - 1):
         for kept, v in zip(out.get(t, ()), pair): kept.append(v.numpy())
     return {t: (np.concatenate(x)[:n], np.concatenate(x0)[:n]) for t, (x, x0) in out.items()}
   return draw

@@ -6,17 +6,26 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from tinygrad import nn
+from engine import hosts
 from engine.state import State
 from engine.terminal import clock, stoppable
 from files import checkpoint, pictures
 from files.atomic import atomic
 from files.weights import open_tensors, read_tensors, write_tensors
 
+def place(out:str|os.PathLike, dataset:str|None) -> str:
+  """A run's folder, with the dataset's name for <dataset>."""
+  return str(out).replace("<dataset>", Path(dataset or "array").stem or "folder")
+
 @contextlib.contextmanager
 def claim(folder:Path) -> Iterator[None]:
   """Makes the folder, and keeps every other program that claims it out until this one ends, however it ends.
 
-  OSError if the folder cannot be written or another has it. Where the file system knows no locks, none is kept out."""
+  OSError if the folder cannot be written or another has it. Where the file system knows no locks, none is kept out. Of
+  several processes the first does it for all, as everything that is written to a run's folder."""
+  if hosts.rank():
+    yield
+    return
   try:
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder/".lock", "wb")  # noqa: SIM115
@@ -40,6 +49,7 @@ def entries(log:Path) -> Iterator[dict]:
 
 def cut(log:Path, last:int, note:str=""):
   """Drops what a killed run logged beyond its last checkpoint, step `last`; then adds the note, if there is one."""
+  if hosts.rank(): return
   with atomic(log) as f:
     for entry in entries(log):
       if entry["step"] <= last: f.write(json.dumps(entry).encode() + b"\n")
@@ -77,24 +87,27 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
       hint = "--change to go on with another, " if k in CHANGEABLE else ""
       raise ValueError(f"{last.parent} was trained with {k} = {was}, not {v}: use the same, {hint}another --out, or "
                        "--restart to begin anew")
-    changed.append(f"{k} from {was} to {v}")
+    changed.append(f"{k} from {was} to {v}" + ", sums in another order" * (k == "processes"))
   tensors = read_tensors(last)[0]
   want = {f"{key}.{k}": shape for key in ("raw", "ema") for k, shape in state.shapes.items()}
+  want |= {f"kept.{k}": v.shape for k, v in state.kept.items()}
   if {k: v.shape for k, v in tensors.items()} != want | {"adam.m": (state.size,), "adam.v": (state.size,)}:
     raise ValueError(f"{last} does not hold the state of this network: use --restart to begin anew")
   if any(not np.isfinite(v).all() for v in tensors.values()):
     raise ValueError(f"{last} holds numbers that are not finite: use --restart to begin anew")
   state.put(tensors)
   note = f"{', '.join(changed)}: from here on not bit for bit a run of one piece" if changed else ""
+  if note: print(f"{last.parent}: {note}", file=sys.stderr)
   cut(last.parent/"log.jsonl", meta["step"], note)
   return meta["step"], meta["smooth"]
 
-def settings(c, net:Any, found:Any) -> dict:
-  """All that fixes the numbers of a run, from train.py's `Config`, the network and the `data.Dataset`."""
+def settings(c, network:dict|None, found:Any) -> dict:
+  """All that fixes the numbers of a run, from train.py's `Config`, the arguments of a UNet and the `data.Dataset`."""
   fixed = {k: v for k, v in dataclasses.asdict(c).items() if k not in FREE}
-  more = {"network": getattr(net, "config", None), "images": found.images.shape, "data": int(found.digest[:8], 16)}
+  more = {"network": network, "images": found.images.shape, "data": int(found.digest[:8], 16),
+          "processes": hosts.size()}  # which fix the order of the sums
   if c.class_conditional: more["labels"] = found.digest[8:]  # of the labels and the names of the classes
-  return json.loads(json.dumps(fixed | more))
+  return json.loads(json.dumps(fixed | more, default=str))
 
 # settings that fix no number, or only by way of the network and the images
 FREE = {"dataset", "data_dir", "image_size", "fit", "mode", "out", "restart", "change", "steps", "save_every",
@@ -104,9 +117,10 @@ def begin(c, state:State, fixed:dict) -> tuple[int, float]:
   """Where a run begins, with the weights that belong there: (steps behind it, smoothed loss)."""
   out = Path(c.out)
   if (last := out/"last.safetensors").exists() and not c.restart:
-    network = {k: p.default for k, p in inspect.signature(type(state.model)).parameters.items()}
-    defaults = dataclasses.asdict(type(c)()) | {"network": json.loads(json.dumps(network, default=str))}
-    return resume(last, state, fixed, defaults, CHANGEABLE if c.change else ())
+    network = None
+    if fixed["network"]: network = {k: p.default for k, p in inspect.signature(type(state.model)).parameters.items()}
+    defaults = dataclasses.asdict(type(c)()) | {"network": json.loads(json.dumps(network, default=str)), "processes": 1}
+    return resume(last, state, fixed, defaults, ("processes", *(CHANGEABLE if c.change else ())))
   cut(out/"log.jsonl", 0)
   if c.init:
     path = checkpoint.find(c.init)
@@ -143,6 +157,8 @@ def write(out:Path, state:State, about:dict, fixed:dict, step:int, smooth:float,
   """The averaged weights, and all that `resume` needs."""
   arrays, about = state.arrays(), about | {"step": step}
   average = {k[4:]: v for k, v in arrays.items() if k.startswith("ema.")}
+  whole = nn.state.get_state_dict(state.average).items()  # and tensors that are not trained, or have a second name
+  average |= {k: v.numpy() for k, v in whole if k not in average}
   write_tensors(out/"ema.safetensors", average, about)
   if keep: write_tensors(out/f"ema-{step:06d}.safetensors", average, about)
   # last of all, so that a run that is stopped in between makes the others anew
@@ -170,8 +186,8 @@ def entry(step:int, t:np.ndarray, T:int, each:np.ndarray, norm:float, smooth:flo
 
 def introduce(c, state:State, found:Any, begun:int, left:float):
   """A run's first lines. left: ᾱ_T, what is left of the image's variance at the end of the forward process."""
-  print(f"{c.dataset}: {found.about}; flips {'on' if c.flip else 'off'}; {state.size:,} parameters; batch {c.batch}; "
-        f"to {c.out}" + f", from step {begun} on" * bool(begun), file=sys.stderr)
+  print(f"{c.dataset or 'an array'}: {found.about}; flips {'on' if c.flip else 'off'}; {state.size:,} parameters; "
+        f"batch {c.batch}; to {c.out}" + f", from step {begun} on" * bool(begun), file=sys.stderr)
   if left > 1e-2:
     print(f"train.py: warning: with T = {c.T} the last x_T still holds {left**.5:.0%} of the image, but sampling "
           "starts from pure noise", file=sys.stderr)
@@ -191,7 +207,7 @@ class Record:
 
   def __enter__(self) -> Record:
     self.exits = contextlib.ExitStack()
-    self.log = self.exits.enter_context(open(self.out/"log.jsonl", "a", buffering=1))
+    if not hosts.rank(): self.log = self.exits.enter_context(open(self.out/"log.jsonl", "a", buffering=1))
     self.asked = self.exits.enter_context(stoppable())
     return self
 
@@ -203,21 +219,25 @@ class Record:
     ValueError, before anything is saved, unless the loss and the norm are numbers."""
     c, loss, now = self.c, float(each.mean()), time.monotonic()
     check_finite(n, loss, norm, self.out)
+    asked = hosts.gather(np.array([sum(self.asked[:1])])).max()  # of any process
+    if asked and not self.asked: self.asked.append(int(asked))
+    last = n == c.steps or bool(asked)
+    if hosts.rank(): return last
     if n > self.begun + 1: self.seconds += (0.05 if self.seconds else 1) * (now - self.before - self.seconds)
     self.smooth += max(0.01, 1/n) * (loss - self.smooth)
     rate = c.batch / self.seconds if self.seconds else 0.0
-    line, last = entry(n, t, c.T, each, norm, self.smooth, lr, rate), n == c.steps or bool(self.asked)
+    line = entry(n, t, c.T, each, norm, self.smooth, lr, rate)
     if sys.stderr.isatty() or now - self.spoken > 10 or last:
       say(line, c.steps, self.seconds)
       self.spoken = now
-    if c.sample_every and (n % c.sample_every == 0 or n == c.steps) and not self.asked: self.show(n)
+    if c.sample_every and (n % c.sample_every == 0 or n == c.steps) and not asked: self.show(n)
     keep = bool(c.keep_every) and n % c.keep_every == 0
     saving = last or keep or n % c.save_every == 0
     if saving and self.held_out:
       line["held_out"] = float(self.state.losses(self.loss, self.held_out, c.batch // c.accum).mean())
     if saving or n % max(1, c.steps // 2000) == 0: self.log.write(json.dumps(line) + "\n")
     if saving: self.save(n, keep)
-    if self.asked: print(f"\nstopped at step {n} and saved: run the same command again to go on", file=sys.stderr)
+    if asked: print(f"\nstopped at step {n} and saved: run the same command again to go on", file=sys.stderr)
     self.before = time.monotonic()
     return last
 

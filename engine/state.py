@@ -6,6 +6,7 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 from tinygrad.dtype import DType
 from tinygrad.helpers import Context
+from engine import hosts
 from engine.capture import captured, inside, placed
 
 class State:
@@ -13,17 +14,21 @@ class State:
   update all parameters at once. The network's own tensors lie inside flat["raw"], or in 16 bits inside flat["low"];
   those of `average`, a copy of the network, lie inside flat["ema"]. Nothing is copied after a step.
 
-  model: any object with tensors as attributes, at any depth. Those of floats are trained. ValueError if there is none,
+  model: any object with tensors as attributes, at any depth. Those of floats are trained, but for those that
+  `is_param_(False)` takes out; `kept` are the others, which the average shares. ValueError if there is none to train,
   or the model cannot be copied."""
   def __init__(self, model, dtype:DType=dtypes.float32):
-    weights, seen = {}, set()
+    weights, self.kept, seen = {}, {}, set()
     for k, v in nn.state.get_state_dict(model).items():
-      if dtypes.is_float(v.dtype) and id(v) not in seen: weights[k] = v.numpy().astype(np.float32)
-      seen.add(id(v))  # a tensor that has two names counts once
+      if id(v) in seen: continue  # a tensor that has two names counts once
+      if v.is_param and dtypes.is_float(v.dtype): weights[k] = v.numpy().astype(np.float32)
+      else: self.kept[k] = v.realize()
+      seen.add(id(v))
     if not weights: raise ValueError("the model has no tensors of floats that could be trained")
+    for array in weights.values(): hosts.same(array)
     self.shapes = {k: v.shape for k, v in weights.items()}
-    self.model, self.average, self.dtype, self.device = model, twin(model), dtype, Device.DEFAULT
-    if dtype != dtypes.float32: model.dtype = dtype
+    self.model, self.average, self.dtype, self.device = model, twin(model, self.kept), dtype, Device.DEFAULT
+    if dtype != dtypes.float32 and hasattr(model, "dtype"): model.dtype = dtype  # a UNet's, of its activations
     self.size = sum(v.size for v in weights.values())
     # each parameter begins at a multiple of 256 numbers, where every device can have a buffer begin
     self.starts = [0, *itertools.accumulate(v.size + -v.size % 256 for v in weights.values())]
@@ -49,6 +54,8 @@ class State:
     for network, parts in ((self.model, self.weights), (self.average, self.views("ema"))):
       tensors = nn.state.get_state_dict(network)
       for k, part in zip(self.shapes, parts, strict=True): tensors[k].replace(part)
+    for k, v in self.kept.items():
+      if f"kept.{k}" in arrays: v.replace(Tensor(arrays[f"kept.{k}"], device=v.device).cast(v.dtype).realize())
 
   def views(self, key:str) -> list[Tensor]:
     """Each parameter's part of a flat buffer."""
@@ -67,29 +74,34 @@ class State:
       flat = self.flat[key].numpy()
       cut[key] = [flat[i:i+math.prod(s)].reshape(s) for i, s in zip(self.starts, self.shapes.values())]
     named = {f"{key}.{k}": v for key in ("raw", "ema") for k, v in zip(self.shapes, cut[key])}
+    named |= {f"kept.{k}": v.numpy() for k, v in self.kept.items()}
     return named | {f"adam.{key}": np.concatenate([v.reshape(-1) for v in cut[key]]) for key in ("m", "v")}
 
   def gradient(self, loss:Callable[..., Tensor], batch:Sequence[np.ndarray], parts:int=1) -> np.ndarray:
     """∇θ of the mean over a batch of loss(model, *batch) -> (B,), into flat["grad"]. Returns the losses (B,).
 
-    parts: into how many the batch is cut, one after the other, to save memory. In float16 the loss is scaled up: the
-    gradient of a mean over so many numbers would fall below the least number that float16 has."""
-    size = len(batch[0]) // parts
+    Each of several processes does its share of the batch. parts: into how many that is cut, one after the other, to
+    save memory. In float16 the loss is scaled up: the gradient of a mean over so many numbers would fall below the
+    least number that float16 has."""
+    mine = hosts.share(len(batch[0]), parts)
+    size = (mine.stop - mine.start) // parts
     scale = size * batch[0][0].size if self.dtype == dtypes.float16 else 1
     def step(*given:Tensor) -> Tensor:
       each = loss(self.model, *given)
       found = (each.mean() * scale).gradient(*self.weights)
       for part, g in zip(self.gradients, found, strict=True):
-        g = g.reshape(part.shape).float() / (scale * parts)
+        g = g.reshape(part.shape).float() / (scale * parts * hosts.size())
         part.assign(part + g if parts > 1 else g)
-      Tensor.realize(each, *self.gradients)
+      Tensor.realize(each, *self.gradients, *self.kept.values())
       return each
     def clear() -> Tensor: return self.flat["grad"].assign(self.flat["grad"] * 0).realize()
     self.graph = captured(step, self.jits, ("gradient", id(loss), parts))
     if parts > 1: captured(clear, self.jits, ("clear",))()
     with Context(TRAINING=1):
-      cuts = (slice(i, i + size) for i in range(0, len(batch[0]), size))
-      return np.concatenate([self.graph(*(placed(v[cut], self.device) for v in batch)).numpy() for cut in cuts])
+      cuts = (slice(i, i + size) for i in range(mine.start, mine.stop, size))
+      each = [self.graph(*(placed(v[cut], self.device) for v in batch)).numpy() for cut in cuts]
+    hosts.total(self.flat["grad"])
+    return hosts.gather(np.concatenate(each))
 
   def losses(self, loss:Callable[..., Tensor], batch:Sequence[np.ndarray], size:int) -> np.ndarray:
     """The losses of a batch (n,) under the averaged weights, `size` examples at a time; the last are filled up."""
@@ -100,9 +112,9 @@ class State:
       found.append(graph(*(placed(v[at], self.device) for v in batch)).numpy())
     return np.concatenate(found)[:n]
 
-def twin(model):
-  """A copy of a model, with tensors of its own."""
-  tensors = nn.state.get_state_dict(model).values()
-  memo = {id(v): Tensor(v.numpy(), device=v.device).realize() for v in tensors}
+def twin(model, kept:dict[str, Tensor]):
+  """A copy of a model, with tensors of its own but for those that are `kept`."""
+  memo = {id(v): Tensor(v.numpy(), device=v.device).realize() for v in nn.state.get_state_dict(model).values()}
+  memo |= {id(v): v for v in kept.values()}
   try: return copy.deepcopy(model, memo)
   except Exception as e: raise ValueError(f"the model cannot be copied for the average of its weights: {e}") from e

@@ -20,7 +20,7 @@ def field_flag(p:argparse.ArgumentParser, name:str, kind:str, default:Any, help:
   elif choices: options["choices"] = choices
   elif kind == "tuple": options["type"] = numbers
   elif kind in ("int", "float"): options["type"] = number({"int": int, "float": float}[kind], low, high)
-  elif kind.startswith("int|tuple"): options["type"] = size
+  elif "tuple" in kind: options["type"] = size  # int | tuple | None
   p.add_argument("--" + name.replace("_", "-"), **options)
 
 def show(value:Any) -> str: return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

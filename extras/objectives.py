@@ -1,12 +1,13 @@
 """What may be changed in L_simple: which times are drawn, what each counts for, and where no error counts. None of it
 is in the paper. c: the `Config` of train.py."""
-import os
+import dataclasses
 from typing import Any
 import numpy as np
 from tinygrad import Tensor
 import data
 from ddpm import DDPM
 from engine.streams import stream
+from unet import UNet
 
 def min_snr_weight(ddpm:DDPM, gamma:float) -> np.ndarray:
   """--min-snr: min(SNR, γ)/SNR of each t, SNR = ᾱ_t/(1−ᾱ_t): Hang et al. 2023 (arXiv:2303.09556). (T+1,)."""
@@ -58,20 +59,27 @@ def without_clipped(ddpm:DDPM, x0:Tensor, x_t:Tensor, t:Tensor, eps:Tensor, out:
   exact = (ddpm.predict_x0(x_t, t, out).clip(-1, 1) - x0).abs() < 1e-5
   return exact.where(ddpm.target(x0, x_t, t, eps), out)
 
-def held_out(c, source:Any, null:int, how:dict) -> tuple[np.ndarray, ...]|None:
-  """Up to 512 images apart from the training set, with t (evenly spread), ε and labels, always the same: what
-  a held-out loss is measured on. None where there are no such images; the glyphs are not worth the time."""
-  if not isinstance(source, str | os.PathLike) or source == "glyphs": return None
-  found = data.read(source, "test", c.data_dir, **how)
+def held_out(c, null:int, how:dict, drawn:np.ndarray|None) -> tuple[np.ndarray, ...]|None:
+  """Up to 512 images apart from the training set, with t (evenly spread, or as `drawn` for training), ε and labels,
+  always the same: what a held-out loss is measured on. None where there are no such images; the glyphs are not worth
+  the time."""
+  if c.dataset in (None, "glyphs"): return None
+  found = data.read(c.dataset, "test", c.data_dir, **how)
   if not found.heldout: return None
   rng, n = stream(c.seed, "held-out images"), min(512, len(found.images))
   index = np.sort(rng.choice(len(found.images), n, replace=False))
   t = rng.permutation(1 + np.arange(n) * c.T // n).astype(np.int32)
+  if drawn is not None: t = weighted_times(drawn, n, rng)
   y = found.labels[index] if c.class_conditional else np.full(n, null, np.int32)
   return found.images[index], t, rng.standard_normal((n, *found.images.shape[1:]), np.float32), y
 
 def check(c):
-  """ValueError for settings that do not go together."""
+  """ValueError for settings out of their range, and for those that do not go together."""
+  for f in dataclasses.fields(c):
+    v, (low, high, choices) = getattr(c, f.name), (f.metadata.get(k) for k in ("low", "high", "choices"))
+    if choices: known, what = v in choices or v == f.default, f"one of {', '.join(choices)}"
+    else: known, what = not isinstance(v, int | float) or low <= v <= high, f"from {low} to {high}"
+    if not known: raise ValueError(f"--{f.name.replace('_', '-')} must be {what}, not {v!r}")
   if not c.channel_mult: raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
   if c.batch % c.accum: raise ValueError(f"--batch {c.batch} is no multiple of --accum {c.accum}")
   if c.min_snr and (c.predict, c.loss) != ("eps", "simple"):
@@ -80,3 +88,14 @@ def check(c):
     raise ValueError("--sigma learned needs --loss vlb: L_simple does not depend on the variance")
   if c.schedule == "cosine" and (c.beta_1, c.beta_T) != (1e-4, 0.02):
     raise ValueError("--schedule cosine has no use for --beta-1 and --beta-T")
+
+def check_data(net:Any, found:data.Dataset, classes:list[str]):
+  """ValueError for one class alone, and for a network that is a UNet for images of another shape than these."""
+  if len(classes) == 1: raise ValueError(f"there is but one class of images: {LAYOUTS}")
+  if not isinstance(net, UNet): return
+  own = net.config["in_channels"], *np.broadcast_to(net.config["image_size"], 2).tolist()
+  if own != (shape := found.images.shape[1:]):
+    raise ValueError(f"the network is for images of {own}, these are {shape}: channels, height, width")
+
+LAYOUTS = ("classes are sub-folders, the beginnings of names such as cat_1.png, a dataset.json, or the labels of an "
+           "array")

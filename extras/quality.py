@@ -6,6 +6,7 @@ import data
 from engine.batches import choose, mean_error
 from engine.streams import stream
 from engine.terminal import table
+from files import checkpoint
 from files.pictures import picture
 
 # *** outliers ***
@@ -41,19 +42,21 @@ def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int
     return np.quantile(x.reshape(len(x), -1).astype(np.float32) @ v, (np.arange(500) + 0.5) / 500, axis=0)
   return float(np.sqrt(np.square(along(a) - along(b)).mean()))
 
-def compare_samples(a:argparse.Namespace, named:tuple[str, data.Dataset]):
+def compare_samples(a:argparse.Namespace):
   """--samples at the terminal: their distance to the images, and that of as many training images.
 
-  a: the command line of evaluate.py; named: the dataset's name and images."""
-  (name, found), samples = named, data.read(a.samples).images[:a.n]
-  if samples.shape[1:] != found.images.shape[1:] or samples.dtype != found.images.dtype:
-    raise ValueError(f"{a.samples} holds {samples.dtype} of {samples.shape[1:]}, {name} {found.images.dtype} of "
-                     f"{found.images.shape[1:]}")
-  real = data.read(name, "train", a.data_dir).images
+  a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint."""
+  samples = data.read(a.samples).images[:a.n]
+  name = a.dataset or checkpoint.load(checkpoint.find(a.checkpoint))[1].get("dataset")
+  if not name: raise ValueError("the checkpoint does not name its images: say which by --dataset")
+  size = {} if name in data.DATASETS else {"size": samples.shape[2:]}
+  images, real = (data.read(name, split, a.data_dir, **size).images for split in (a.split, "train"))
+  if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
+    raise ValueError(f"{a.samples} holds {samples.dtype} {samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
   real = real[choose(len(real), len(samples), a.seed, "other images")]
-  table(sliced_Wasserstein_distance=(sliced_wasserstein(samples, found.images, seed=a.seed),
-                                     f"of 255, {len(samples)} samples to {len(found.images)} {a.split} images"),
-        of_as_many_training_images=(sliced_wasserstein(real, found.images, seed=a.seed),))
+  table(sliced_Wasserstein_distance=(sliced_wasserstein(samples, images, seed=a.seed),
+                                     f"of 255, {len(samples)} samples to {len(images)} {a.split} images"),
+        of_as_many_training_images=(sliced_wasserstein(real, images, seed=a.seed),))
 
 def report_against(inside:np.ndarray, outside:dict[str, np.ndarray]) -> dict:
   """--against at the terminal: how well bits/dim tell each set's images from those inside; the numbers by name."""

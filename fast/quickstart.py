@@ -41,7 +41,7 @@ class Kept(dict):
       print(f"\r\033[K{text}\r" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
 
 def without_code(program:UOp) -> UOp:
-  """Of a lowered kernel what a launch reads: its parameters and its source, which the compiler's own cache knows."""
+  """What a launch reads of a lowered kernel: its parameters and its source, whose code the compiler's own cache has."""
   sink, linear, source, _ = program.src
   params = tuple(u for u in linear.src if u.op is Ops.PARAM)
   return program.replace(src=(UOp(Ops.SINK, src=params, arg=sink.arg), UOp(Ops.LINEAR, src=params), source))
@@ -64,7 +64,7 @@ class Below:
   """All that lies below a node: what `toposort` gives, made only when it is needed."""
   def __init__(self, node:UOp): self.node = node
   def __iter__(self) -> Iterator[UOp]: return iter(toposort(self.node, enter_calls=False))
-  def __contains__(self, u:UOp) -> bool:  # not where u has a buffer below it that the node has not
+  def __contains__(self, u:UOp) -> bool:  # never if there is a buffer below u that is not below the node
     return not u.buffers_below & ~self.node.buffers_below and u in toposort(self.node, enter_calls=False)  # type: ignore[attr-defined]
 
 def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):

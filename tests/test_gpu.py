@@ -1,12 +1,14 @@
-"""GPUs without one: kernels for tensor cores on tinygrad's emulators of three vendors; a step compiled for a card."""
-import importlib.util, json, os, subprocess, sys
+"""GPUs without one: tensor cores on tinygrad's emulators of three vendors, and what graphs need of kernels."""
+import os, subprocess, sys
 import numpy as np
 import pytest
-from common import ROOT, arr, close
-from fast import cpu, gpu, setup
-from tinygrad import Device, Tensor
-
-setup()
+import unet
+from common import ROOT, arr, close, random_model
+from engine.capture import captured
+from fast import cpu, gpu, scope
+from test_unet import kernels
+from tinygrad import Device, Tensor, nn
+from tinygrad.engine.realize import get_call_arg_uops
 
 EMULATED = """if True:
   import sys
@@ -29,7 +31,8 @@ EMULATED = """if True:
     H = x.shape[1] - k + 1
     return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+H, j:j+H], w[i, j]) for i in range(k) for j in range(k)), x
   errors = {}
-  for B, S, C, O, k in ((16, 2, 16, 8, 3), (1, 16, 16, 8, 3), (16, 2, 16, 16, 1)):  # M: images, a row of pixels, both
+  O = int(sys.argv[2])
+  for B, S, C, O, k in ((16, 2, 16, O, 3), (1, 16, 16, O, 3), (16, 2, 16, 16, 1)):  # M: images, a row of pixels, both
     x, w, g = draw(B, S, S, C), draw(k, k, C, O), draw(B, S, S, O)
     y = gpu.convolve(x, w)
     dx, dw = (y * g).sum().gradient(x, w)
@@ -57,12 +60,59 @@ EMULATED = """if True:
     for d in ("PYTHON::sm_80", "PYTHON::METAL", "PYTHON::gfx1100")]])
 def test_tensor_cores_of_three_vendors(device, dtype):
   """Convolution, its two gradients and the products of attention against float64, within the type's rounding."""
-  r = subprocess.run([sys.executable, "-c", EMULATED, dtype], cwd=ROOT, env=os.environ | {"DEV": device, "PLAIN": "0"},
-                     capture_output=True, text=True)
+  # 8 output channels are half a tile on NVIDIA's and AMD's: on AMD's it is not filled up
+  channels = "16" if "gfx" in device else "8"
+  r = subprocess.run([sys.executable, "-c", EMULATED, dtype, channels], cwd=ROOT, capture_output=True, text=True,
+                     env=os.environ | {"DEV": device, "PLAIN": "0"})
   assert r.returncode == 0, r.stderr[-2000:]
   kernels, on_cores, error, worst = r.stdout.split(maxsplit=3)
   assert int(kernels) == int(on_cores) >= 15
   assert float(error) < {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-6}[dtype], worst
+
+PADDED = """if True:
+  import numpy as np
+  from tinygrad import Tensor, dtypes
+  from fast import gpu, kernels
+  chosen, on_tensor_cores = [], kernels.on_tensor_cores
+  def noted(kernel, device):
+    made = on_tensor_cores(kernel, device)
+    chosen.append(made is not None)
+    return made
+  kernels.on_tensor_cores = noted
+  def draw(*shape): return Tensor(np.ones(shape, np.float32)).cast(dtypes.bfloat16).realize()
+  for images, outputs in ((16, 16), (16, 8), (5, 16)): gpu.convolve(draw(images, 2, 2, 16), draw(1, 1, 16, outputs))
+  print(*map(int, chosen))"""
+
+@pytest.mark.parametrize("device,cores", [("PYTHON::sm_80", "1 1 1"), ("PYTHON::gfx1201", "1 0 0")])
+def test_products_are_not_padded_on_amd(device, cores):
+  """LLVM 19 makes wrong code of it: where 16 x 16 does not fit, no tensor core is taken. Elsewhere it is filled up."""
+  r = subprocess.run([sys.executable, "-c", PADDED], cwd=ROOT, env=os.environ | {"DEV": device}, capture_output=True,
+                     text=True)
+  assert r.returncode == 0, r.stderr[-2000:]
+  assert r.stdout.strip() == cores
+
+@pytest.mark.parametrize("way,dtype", [("cpu", "float32"), ("gpu", "float32"), ("gpu", "bfloat16")])
+def test_each_kernel_of_a_step_reads_all_its_buffers_and_ours_have_names_of_their_own(way, dtype, monkeypatch):
+  """tinygrad's graphs pass all buffers by position, but leave out those that a kernel does not read."""
+  if way == "gpu":
+    for name in ("linear", "convolve", "group_norm", "attention"): monkeypatch.setattr(unet, name, getattr(gpu, name))
+    monkeypatch.setattr(unet.GroupNorm, "silu", lambda g, x: gpu.group_norm(x, g.weight, g.bias, 4, silu=True))
+    monkeypatch.setattr(unet.GroupNorm, "__call__", lambda g, x: gpu.group_norm(x, g.weight, g.bias, 4))
+  model = unet.lower(random_model(num_classes=2, dropout=0.1, image_size=(8, 4)), unet.DTYPES[dtype])
+  x, t, y, seed = [Tensor(a).realize() for a in (arr(2, 1, 8, 4), np.array([3, 800], np.int32),
+                                                 np.array([2, 0], np.int32), np.array([1, 2], np.uint32))]
+  params = nn.state.get_parameters(model)
+  train = captured(lambda x, t, y, seed: model(x, t, y, seed).square().mean().gradient(*params))
+  sample = captured(lambda x, t: model(x, t) * 2)
+  train(x, t, y, seed)
+  sample(x, t)
+  sources:dict[str, set[str]] = {}
+  for call in kernels(train) + kernels(sample):
+    info, number = call.src[0].arg, len(get_call_arg_uops(call))
+    assert tuple(info.globals) == tuple(range(number)), info.name
+    sources.setdefault(info.function_name, set()).add(call.src[0].src[2].arg)
+  ours = {k: len(v) for k, v in sources.items() if not k.startswith(("E_", "r_"))}
+  assert len(ours) > 30 and set(ours.values()) == {1}, ours
 
 NORM = """if True:
   import numpy as np
@@ -75,7 +125,7 @@ NORM = """if True:
     v = (v - v.mean((1, 3), keepdims=True)) / np.sqrt(v.var((1, 3), keepdims=True) + 1e-6)
     return (z := v.reshape(x.shape) * w + b) / (1 + np.exp(-z))
   ours = [Tensor(a.astype(np.float32)).realize() for a in (x, w, b)]
-  y = gpu.group_norm(*ours, 4)
+  y = gpu.group_norm(*ours, 4, silu=True)
   print(np.abs(y.numpy() - by_hand(x, w, b)).max())
   for i, grad in enumerate((y * Tensor(g.astype(np.float32))).sum().gradient(*ours)):
     step, grad = d if i == 0 else d[0, 0, 0], grad.numpy()
@@ -95,15 +145,18 @@ LOWERED = """if True:
   sys.path.insert(0, "tests")
   import numpy as np, unet
   from common import arr, random_model
-  from ddpm import DDPM
+  from engine.capture import captured
   from tinygrad import Tensor, dtypes, nn
-  d, x0, eps = DDPM(), Tensor(arr(2, 1, 4, 4).clip(-1, 1)), Tensor(arr(2, 1, 4, 4, seed=1))
-  t = Tensor(np.array([20, 700], np.int32))
+  x, eps = Tensor(arr(2, 1, 4, 4).clip(-1, 1)).realize(), Tensor(arr(2, 1, 4, 4, seed=1)).realize()
+  t = Tensor(np.array([20, 700], np.int32)).realize()
   def step(dtype):
-    scale = x0.numel() if dtype == dtypes.float16 else 1  # loss scaling
+    scale = x.numel() if dtype == dtypes.float16 else 1  # loss scaling
     model = unet.lower(random_model(channel_mult=(1,), image_size=4), dtype)
-    loss = d.loss_simple(model, x0, t, eps)
-    grads = (loss * scale).gradient(*nn.state.get_parameters(model))
+    def loss_and_gradient(x, t, eps):
+      loss = (eps - model(x, t)).square().mean()
+      grads = (loss * scale).gradient(*nn.state.get_parameters(model))
+      return [loss, *grads]
+    loss, *grads = captured(loss_and_gradient)(x, t, eps)
     return loss.item(), np.concatenate([g.float().numpy().ravel() for g in grads]) / scale
   (loss, grad), (low_loss, low) = step(dtypes.float32), step(getattr(dtypes, sys.argv[1]))
   print(abs(low_loss - loss) / loss, np.linalg.norm(low - grad) / np.linalg.norm(grad))"""
@@ -118,25 +171,6 @@ def test_loss_and_gradients_in_lower_precision(dtype):
   limit = {"bfloat16": 0.05, "float16": 0.008}[dtype]
   assert loss < limit and 1e-5 < grad < limit
 
-@pytest.mark.skipif(not importlib.util.find_spec("nvidia"), reason="needs the wheels of requirements-gpu.txt")
-def test_a_step_is_compiled_for_a_card_that_is_not_here(tmp_path):
-  """bench.py --target: what it prints of the glyphs preset, against what can be known beforehand."""
-  flags = "--preset glyphs --batch 16 --dtype bfloat16 --target CUDA:sm_90 --gpus 2 --json".split()
-  r = subprocess.run([sys.executable, "bench.py", *flags], cwd=ROOT, capture_output=True, text=True,
-                     env=os.environ | {"CACHEDB": str(tmp_path/"cache.db")})
-  assert r.returncode == 0, r.stderr[-2000:]
-  out = json.loads(r.stdout.splitlines()[-1])
-  assert out["tensor_core_share"] > 0.9 and out["spill_bytes"] == 0 and 16 < out["registers_max"] <= 255
-  # one sum over the two devices is a copy each way; the others are tables and constants, none for each parameter
-  assert 2 <= out["copies"] <= 7
-  assert out["distinct_kernels"] < out["kernels"] and out["flop_per_byte_loaded"] > 4
-  assert out["roofline_s"] >= max(out["gflop"] / 989e3, out["gigabytes_moved"] / 3350)  # the data sheet's rates
-
-@pytest.mark.parametrize("target", ("CUDA:sm_1", "TPU", "METAL:M1"))
-def test_targets_that_cannot_be_compiled_for(target):
-  r = subprocess.run([sys.executable, "bench.py", "--target", target], cwd=ROOT, capture_output=True, text=True)
-  assert r.returncode == 1 and "--target" in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr
-
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="names CPU devices")
 @pytest.mark.parametrize("batch,size,k,stride", [(22, 4, 3, 1), (50, 1, 1, 1), (6, 8, 3, 2), (100, 2, 1, 1)])
 def test_gradients_of_any_batch_on_one_device_and_on_two(batch, size, k, stride):
@@ -150,5 +184,6 @@ def test_gradients_of_any_batch_on_one_device_and_on_two(batch, size, k, stride)
     def lay(a, axis): return (Tensor(a).shard(devices, axis) if len(devices) > 1 else Tensor(a)).realize()
     for convolve in (gpu.convolve, cpu.convolve):
       weight = lay(w, None)
-      dw, = (convolve(lay(x, 0), weight, stride=stride) * lay(g, 0)).sum().gradient(weight)
-      close(dw.to(devices[0]).numpy(), want, atol=1e-4 * np.abs(want).max())
+      with scope():
+        dw, = (convolve(lay(x, 0), weight, stride=stride) * lay(g, 0)).sum().gradient(weight)
+        close(dw.to(devices[0]).numpy(), want, atol=1e-4 * np.abs(want).max())

@@ -1,199 +1,275 @@
 """train.py: the step against float64, what is drawn, and runs that are stopped, killed, continued or refused."""
-import argparse, json, math, os, re, signal, subprocess, sys, time, tracemalloc
+import dataclasses, json, math, os, re, shutil, signal, subprocess, sys, time, tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest
-from common import ROOT, TINY, close, f32, rng
-from PIL import Image
-from tinygrad import Device, GlobalCounters, Tensor
-import sample, train
-from ddpm import DDPM
-from files import checkpoint
+from common import ROOT, TINY, arr, close, f32, refused, rng
+from engine import folder
+from engine.capture import placed
+from engine.state import State
+from engine.terminal import run as program
+from extras import objectives
+from files import checkpoint, pictures
 from files.weights import read_tensors, write_tensors
+from PIL import Image
+from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers
+import data, sample, train
+from ddpm import DDPM
+from train import Config
+from unet import UNet
 
-SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "",
-         "--norm-groups", "4", "--sample-every", "0", "--T", "50", "--no-class-conditional", "--min-snr", "0"]
+IMAGES, LABELS = rng().integers(0, 256, (64, 1, 8, 8), np.uint8), np.arange(64, dtype=np.int32) % 3
 
-def at_times(*t): return Tensor(np.array(t, np.int32))
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+  """Where decoded images are kept; compiled kernels stay where they are."""
+  with pytest.MonkeyPatch.context() as m:
+    m.setenv("CACHEDB", helpers.CACHEDB)
+    m.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
 
-def run(out, *flags): train.main([*SMALL, "--out", str(out), *map(str, flags)])
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  """A dataset of 64 small images in three classes."""
+  path = tmp_path_factory.mktemp("data")/"images.npz"
+  np.savez(path, images=IMAGES, labels=LABELS)
+  return path
+
+# *** what most of these tests train: few kernels, and a gradient that can be written down ***
+
+@dataclasses.dataclass
+class Affine:
+  """The answer w x_t + b t/100 (1 + y)."""
+  w:Tensor
+  b:Tensor
+  def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None) -> Tensor:
+    slope = t.float() / 100 if y is None else t.float() / 100 * (1 + y)
+    return x * self.w + self.b * slope.reshape(-1, 1, 1, 1)
+
+def affine(shape=(1, 8, 8)) -> Affine: return Affine(f32(arr(*shape, scale=0.3)), f32(np.full((shape[0], 1, 1), 0.1)))
+
+def config(out, **changes) -> Config:
+  return Config(**dict(out=str(out), T=50, beta_T=0.2, batch=8, steps=4, warmup=0, lr=1e-3, sample_every=0) | changes)
+
+def fit(out, images=IMAGES, labels=LABELS, model=None, **changes) -> Path:
+  return train.fit(config(out, **changes), images, labels, model or affine())
+
+# the program, with a small U-Net
+SMALL = ["--batch", "4", "--channels", "8", "--channel-mult", "1", "--attn", "", "--num-res-blocks", "1", "--T", "50",
+         "--dropout", "0.1", "--norm-groups", "4", "--sample-every", "0", "--warmup", "2", "--lr", "1e-3"]
+
+def run(out, source, *flags): train.main([*SMALL, "--dataset", str(source), "--out", str(out), *map(str, flags)])
 
 def contents(out):
   return {f.name: f.read_bytes() for f in sorted(Path(out).iterdir()) if f.is_file() and f.name != "log.jsonl"}
 
-def losses(out):
-  log = Path(out)/"log.jsonl"
-  return [json.loads(line)["loss"] for line in log.read_text().splitlines()] if log.exists() else []
+def log(out): return [json.loads(line) for line in (Path(out)/"log.jsonl").read_text().splitlines()]
+def losses(out): return [e["loss"] for e in log(out)] if (Path(out)/"log.jsonl").exists() else []
+def about(file): return json.loads(read_tensors(file)[1]["ddpm"])
+def saved_step(out): return about(out/"last.safetensors")["step"]
 
-def test_resume_is_exact_and_seeds_matter(tmp_path):
-  run(tmp_path/"a", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
-  run(tmp_path/"b", "--steps", 4, "--save-every", 2, "--dropout", 0.1)
-  with open(tmp_path/"b"/"log.jsonl", "a") as f:
-    f.write('{"step": 5, "loss": 0}\n{"st')  # as a killed run would leave it
-  run(tmp_path/"b", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
-  assert (contents(tmp_path/"a") == contents(tmp_path/"b") and losses(tmp_path/"a") == losses(tmp_path/"b")
-          and len(losses(tmp_path/"a")) == 6)
-  with pytest.raises(ValueError, match="lr"): run(tmp_path/"b", "--steps", 8, "--dropout", 0.1, "--lr", 1e-5)
-  with pytest.raises(ValueError, match="channels|network"):
-    run(tmp_path/"b", "--steps", 8, "--dropout", 0.1, "--channels", 16)
-  run(tmp_path/"b", "--restart", "--steps", 2, "--dropout", 0.1, "--seed", 1)
-  assert losses(tmp_path/"b")[0] != losses(tmp_path/"a")[0]
+# *** a step ***
 
-def test_a_number_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, monkeypatch):
-  run(tmp_path, "--steps", 2, "--save-every", 1)
-  before, draw = contents(tmp_path), train.draw
-  def broken(*args):
-    x, t, eps, *rest = draw(*args)
-    return x, t, eps * np.float32(np.nan if args[-1] == 4 else 1), *rest
-  monkeypatch.setattr(train, "draw", broken)
-  with pytest.raises(ValueError, match="step 4.*nan.*last.safetensors"): run(tmp_path, "--steps", 6, "--save-every", 10)
-  assert contents(tmp_path) == before
-
-def step_once(accum=1, gpus=1, steps=2, **flags):
-  """The state after some steps on noise, and what came out of each."""
-  a = train.arguments([*SMALL, "--accum", str(accum), "--gpus", str(gpus),
-                       *(f for k, v in flags.items() for f in (f"--{k}", str(v)))])
-  config = dict(TINY, channel_mult=a.channel_mult, attn_resolutions=(), dropout=a.dropout)
-  base = Device.DEFAULT.split(":")[0]
-  state = train.State(config, (Device.DEFAULT,) if gpus == 1 else tuple(f"{base}:{i}" for i in range(gpus)))
-  step, images, seen = (train.make_step(state, DDPM(T=a.T), a),
-                        rng().integers(0, 256, (8, 1, 8, 8), np.uint8), [])
-  for n in range(1, steps+1):
-    x, t, eps, y, seeds = train.draw(a, images, np.zeros(8, np.int32), 0, n)
-    part = 8//accum
-    for k in range(accum):
-      h = np.array([k == accum-1, *train.hyper(a, n)], np.float32)
-      before = {name: state.fetch(f).copy() for name, f in state.flat.items()}
-      norm, *loss = step(*state.given(h, *(v[k*part:(k+1)*part] for v in (x, t, eps, y, seeds))))
-      after = {name: state.fetch(f).copy() for name, f in state.flat.items()}
-      seen.append((np.concatenate([v.numpy() for v in loss]), float(state.fetch(norm)), before, after, h,
-                   GlobalCounters.mem_used))
-  return seen
+def by_hand(c:Config, model:Affine):
+  """Algorithm 1 in float64 numpy, for Affine: (weights, average, m, v by name; losses and norms of each step)."""
+  a = np.cumprod(1 - np.linspace(c.beta_1, c.beta_T, c.T))
+  beta = np.append(0, np.linspace(c.beta_1, c.beta_T, c.T))
+  a, w = np.append(1, a), {k: getattr(model, k).numpy().astype(np.float64) for k in "wb"}
+  ema, m, v = ({k: u * f for k, u in w.items()} for f in (1, 0, 0))
+  each, norms = [], []
+  for n in range(1, c.steps + 1):
+    x, t, eps, y, _ = train.draw(c, IMAGES, LABELS, 3, n)
+    col = lambda u: np.reshape(u, (-1, 1, 1, 1))
+    x0, root, noise = x / 127.5 - 1, col(np.sqrt(a[t])), col(np.sqrt(1 - a[t]))
+    x_t, slope = root * x0 + noise * eps, col(t / 100 * (1 + y * c.class_conditional))
+    before = col(a[t-1])
+    mu = (np.sqrt(before) * col(beta[t]) * x0 + np.sqrt(1 - col(beta[t])) * (1 - before) * x_t) / noise**2
+    target = {"eps": eps, "x0": x0, "mu": mu, "v": root * eps - noise * x0}[c.predict]
+    weight = np.minimum(1, c.min_snr * (1 - a[t]) / a[t]) if c.min_snr else np.ones(c.batch)
+    error = x_t * w["w"] + w["b"] * slope - target
+    each.append((error**2).mean((1, 2, 3)) * weight)
+    per_answer = 2 * error * col(weight) / error.size
+    g = {"w": (per_answer * x_t).sum(0), "b": (per_answer * slope).sum().reshape(1, 1, 1)}
+    norms.append(math.sqrt(sum((u**2).sum() for u in g.values())))
+    lr = c.lr * min(1, n / c.warmup) * (1 - (n - 1) / c.anneal)
+    for k in w:
+      g[k] = g[k] * min(1, c.clip / norms[-1])
+      m[k], v[k] = 0.9 * m[k] + 0.1 * g[k], 0.999 * v[k] + 0.001 * g[k]**2
+      w[k] = w[k] - lr * (m[k] / (1 - 0.9**n)) / (np.sqrt(v[k] / (1 - 0.999**n)) + 1e-8)
+      decay = min(c.ema, (1 + n) / (10 + n))
+      ema[k] = decay * ema[k] + (1 - decay) * w[k]
+  return w, ema, m, v, each, norms
 
 @pytest.mark.quick
-def test_adam_clipping_and_average_against_float64():
-  for _, norm, before, after, h, _ in step_once(clip=0.5):
-    g = after["grad"][0].astype(np.float64)
-    assert abs(norm - np.sqrt((g*g).sum())) < 1e-4 * norm
-    g *= min(1, 0.5/norm)
-    lr, c1, c2, decay = h[1:].astype(np.float64)
-    m, v = 0.9*before["m"] + 0.1*g, 0.999*before["v"] + 0.001*g*g
-    w = before["raw"] - lr * (m/c1) / (np.sqrt(v/c2) + 1e-8)
-    for name, want in (("m", m), ("v", v), ("raw", w), ("ema", decay*before["ema"] + (1-decay)*w)):
-      np.testing.assert_allclose(after[name], want, rtol=1e-4, atol=1e-7, err_msg=name)
-    assert np.abs(after["raw"] - after["ema"]).max() > 0  # the average is no alias of the weights
+@pytest.mark.parametrize("changes", [
+  {}, {"predict": "v", "accum": 4, "flip": True}, {"predict": "x0", "clip": 0.05}, {"predict": "mu"}, {"min_snr": 5.0},
+  {"class_conditional": True, "drop_labels": 0.5, "seed": 3}, {"dtype": "bfloat16"}, {"dtype": "float16", "accum": 2}])
+def test_five_steps_against_float64(tmp_path, changes):
+  c = config(tmp_path, **dict(steps=5, warmup=3, anneal=8, ema=0.2, clip=1e3) | changes)
+  model = affine()
+  w, ema, m, v, each, norms = by_hand(c, model)
+  train.fit(c, IMAGES, LABELS, model)
+  got, meta = read_tensors(tmp_path/"last.safetensors")
+  rtol = 1e-4 if c.dtype == "float32" else 0.02  # of the products' operands; what is summed up stays in float32
+  for k in "wb":
+    close(got[f"raw.{k}"], w[k], rtol=1e-5, atol=1e-7 if rtol < 1e-3 else 1e-4)
+    close(got[f"ema.{k}"], ema[k], rtol=1e-5, atol=1e-7 if rtol < 1e-3 else 1e-4)
+  for key, want in (("m", m), ("v", v)):
+    close(got[f"adam.{key}"], np.append(want["w"], want["b"]), rtol=2 * rtol, atol=rtol * np.abs(want["w"]).max())
+  for entry, loss, norm, n in zip(log(tmp_path), each, norms, range(1, 6), strict=True):
+    assert entry["loss"] == pytest.approx(loss.mean(), rel=rtol) and entry["grad_norm"] == pytest.approx(norm, rel=rtol)
+    assert entry["lr"] == pytest.approx(1e-3 * min(1, n/3) * (1 - (n-1)/8)) and entry["step"] == n
+  smooth = each[0].mean()
+  for n in range(2, 6): smooth += (each[n-1].mean() - smooth) / n
+  assert entry["smooth"] == pytest.approx(smooth, rel=rtol) and json.loads(meta["ddpm"])["smooth"] == entry["smooth"]
+  t = np.array([train.draw(c, IMAGES, LABELS, 3, 5).t]).ravel()
+  for i, band in enumerate(entry["bands"]):  # the quarters of 1..50: up to 13, 25, 38, 50
+    here = [e for e, u in zip(each[4], t) if (1, 14, 26, 39)[i] <= u <= (13, 25, 38, 50)[i]]
+    assert (band is None) == (not here) and (not here or band == pytest.approx(np.mean(here), rel=rtol))
 
-def test_parts_of_a_batch_and_several_devices_give_the_same_step():
-  one = step_once()
-  last = lambda seen: (seen[-1][1], seen[-1][3]["m"])
-  for other in (step_once(accum=2), step_once(gpus=4) if Device.DEFAULT == "CPU" else one):
-    assert abs(last(other)[0] - last(one)[0]) < 1e-3 * last(one)[0]
-    np.testing.assert_allclose(last(other)[1], last(one)[1], atol=2e-5)
+def test_parts_of_a_batch_and_16_bits_give_a_u_nets_gradient():
+  c = Config(batch=8, T=50, class_conditional=True)
+  found, batch = {}, train.draw(c, IMAGES, LABELS, 3, 1)
+  loss = train.make_loss(DDPM(T=50), c)
+  for dtype, parts in (("float32", 1), ("float32", 2), ("bfloat16", 1), ("float16", 1)):
+    net = UNet(**TINY | dict(channel_mult=(1,), attn_resolutions=(), dropout=0.1, num_classes=3))
+    state = State(net, train.DTYPES[dtype])
+    for w in state.weights: w.assign(w + f32(arr(*w.shape, scale=0.1)).cast(w.dtype)).realize()
+    each = state.gradient(loss, batch, parts)
+    found[dtype, parts] = each, state.flat["grad"].numpy()
+  each, grad = found["float32", 1]
+  close(found["float32", 2][0], each, rtol=1e-4)
+  close(found["float32", 2][1], grad, atol=1e-5 * np.abs(grad).max())
+  for dtype, far in (("bfloat16", 0.1), ("float16", 0.02)):
+    assert np.linalg.norm(found[dtype, 1][1] - grad) < far * np.linalg.norm(grad)
+    close(found[dtype, 1][0], each, rtol=far)
 
-def test_times_are_drawn_by_their_weight_in_the_bound():
-  # the weight of ‖ε − ε_θ‖² is half of what log SNR loses in a step, up to its square
-  for flags in ([], ["--schedule", "quad", "--beta-1", "1e-6", "--beta-T", "0.03"]):
-    a = train.arguments(["--times", "weighted", "--batch", "64", *flags])
-    d = DDPM(a.T, a.beta_1, a.beta_T, a.schedule)
-    w, p = train.chances(a.T, a.beta_1, a.beta_T, a.schedule)
-    snr = d.alpha_bar[1:] / (1 - d.alpha_bar[1:])
-    lost = -np.diff(np.log(snr))
-    for v in (w, p): assert v[0] == 0 and v.sum() == pytest.approx(1) and len(v) == 1001
-    close(w[102:] / w[500], lost[100:] / lost[498], rtol=0.05)
-    assert w[1] / w[500] == pytest.approx(1 / (lost[498] + lost[498]**2/2), rel=0.05)  # β₁/(α₁(1−ᾱ₁)) is 1/α₁
-    rarer = (p / p[1])[1:] / (w / w[1])[1:]  # 1 down to SNR 1, then a tenth at SNR 1/100
-    close(rarer[snr >= 1], 1)
-    close(np.interp(math.log(100), -np.log(snr), rarer), 0.1, rtol=0.01)
-    # with γ = 100 the same at the other end: at SNR 10,000 a hundredth of the weight, a tenth of the draws
-    for v, u, least in zip(train.chances(a.T, a.beta_1, a.beta_T, a.schedule, 100), (w, p), (0.01, 0.1)):
-      less = v[1:] / u[1:] * (u[500] / v[500])
-      close(less[snr <= 100], 1)
-      assert v[0] == 0 and v.sum() == pytest.approx(1) and (np.diff(less) > -1e-9).all()
-      if snr[0] > 1e4: close(np.interp(-math.log(1e4), -np.log(snr), less), least, rtol=0.01)
-    t = np.stack([train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, n)[1]
-                  for n in range(1, 201)])
-    for low, high in ((1, 1), (2, 10), (11, 300), (301, 1000)):
-      want, inside = p[low:high+1].sum() * 64, ((t >= low) & (t <= high)).sum(1)
-      assert abs(inside.mean() - want) < 5*np.sqrt(want/200)
-      assert np.abs(inside - want).max() <= 1  # one from each stratum
-    assert abs(np.corrcoef(np.arange(64).repeat(200), t.T.ravel())[0, 1]) < 5/np.sqrt(t.size)  # whichever the image
-  # so drawn, L_vlb's estimate is what evenly drawn times give
-  model = lambda x, t: x * 0.9
-  d, eps = DDPM(T=20), f32(rng(2).standard_normal((20, 1, 4, 4)))
-  x0 = f32(rng(1).integers(0, 256, (20, 1, 4, 4)) / 127.5 - 1)
-  L = d.vlb_term(model, x0, at_times(*range(1, 21)), eps).numpy().astype(np.float64)
-  p = train.chances(20, 1e-4, 0.02, "linear")[1][1:]
-  t = rng().choice(20, 200_000, p=p)
-  assert (L[t] / p[t]).mean() == pytest.approx(L.sum(), rel=5 * (L[t] / p[t]).std() / L.sum() / math.sqrt(200_000))
+def test_small_gradients_in_float16():
+  """Each is 2.4e-9: float16 has no number between 0 and 6e-8."""
+  @dataclasses.dataclass
+  class Model:
+    w:Tensor
+  state = State(Model(f32(np.ones((64, 64)))), dtypes.float16)
+  loss = lambda model, x: (x * model.w.cast(dtypes.float16)).flatten(1).float().mean(1) * 1e-5
+  assert state.gradient(loss, [np.ones((2, 1, 64, 64), np.float32)]).shape == (2,)
+  close(state.flat["grad"].numpy()[:4096], 1e-5 / 4096, rtol=2e-3)
+
+def test_memory_does_not_grow():
+  state, c, used = State(affine()), config("none"), []
+  loss, update = train.make_loss(DDPM(T=50), c), train.make_update(state, c)
+  for n in range(1, 13):
+    state.gradient(loss, train.draw(c, IMAGES, LABELS, 3, n))
+    update(placed(np.array(train.rates(c, n), np.float32), state.device)).numpy()
+    used.append(GlobalCounters.mem_used)
+  assert len(set(used[3:])) == 1
+
+# *** objectives ***
+
+def loss_at_each_time(c:Config, model):
+  """The loss of one image and one noise at each t = 1..T, and what is needed for Eq. 8."""
+  d = DDPM(c.T, c.beta_1, c.beta_T, c.schedule, c.sigma, c.predict)
+  t, r = np.arange(1, c.T + 1, dtype=np.int32), rng(3)
+  x, eps = r.integers(0, 256, (c.T, 1, 4, 4), np.uint8), r.standard_normal((c.T, 1, 4, 4)).astype(np.float32)
+  each = train.make_loss(d, c)(model, Tensor(x), Tensor(t), Tensor(eps), Tensor(t * 0)).numpy().astype(np.float64)
+  return d, each, f32(x / 127.5 - 1), Tensor(t), Tensor(eps)
+
+@pytest.mark.parametrize("predict", ("eps", "x0", "mu", "v"))
+def test_weighted_times_measure_the_bound_whatever_is_predicted(predict):
+  """Drawn and weighted, L_simple is L_vlb without what does not depend on the model, but for a factor."""
+  factors = []
+  for model in (lambda x, t: x * 0.3, lambda x, t: x * 0.1 * t.reshape(-1, 1, 1, 1) / 50):
+    c = Config(T=50, beta_T=0.2, predict=predict, times="weighted")
+    d, each, x0, t, eps = loss_at_each_time(c, model)
+    x_t = d.q_sample(x0, t, eps)
+    bound = d.vlb_term(x0, x_t, t, model(x_t, t), clip=False).numpy() - d.kl_const[1:] / math.log(2)
+    factors.append((objectives.chances(d)[1][1:] * each)[1:].sum() / bound[1:].sum())  # L_0 is no squared error
+  assert factors[0] == pytest.approx(factors[1], rel=1e-3)
+
+def test_the_bound_as_a_loss_has_the_same_mean_for_weighted_times():
+  model = lambda x, t: x * 0.3
+  d, even, *_ = loss_at_each_time(Config(T=50, beta_T=0.2, loss="vlb"), model)
+  _, drawn, *_ = loss_at_each_time(Config(T=50, beta_T=0.2, loss="vlb", times="weighted"), model)
+  assert (objectives.chances(d)[1][1:] * drawn).sum() == pytest.approx(even.mean(), rel=1e-5)
+
+def test_min_snr_weighs_the_error_of_x0():
+  """Above γ the weight γ/SNR turns the error of ε into γ times that of x̂_0, Eq. 15."""
+  c = Config(T=50, beta_1=1e-3, beta_T=0.2, min_snr=5.0)
+  d, each, x0, t, eps = loss_at_each_time(c, lambda x, t: x * 0)
+  squared = lambda v: (v.astype(np.float64)**2).mean((1, 2, 3))
+  in_x0 = squared(d.predict_x0(x_t := d.q_sample(x0, t, eps), t, x_t * 0).numpy() - x0.numpy())
+  clear = d.alpha_bar[1:] > 5/6                                # SNR > 5
+  assert 5 < clear.sum() < 40
+  close(each, np.where(clear, 5 * in_x0, squared(eps.numpy())), rtol=1e-3)
 
 @pytest.mark.parametrize("loss", ("simple", "vlb"))
-def test_errors_that_clipping_mends_and_weighted_times(loss):
-  """A new network answers ε_θ = 0, so x̂_0 is beyond the edge that x_0 lies on wherever ε points outwards: no error
-  there with --clip-x0. Elsewhere it is ε, also where x̂_0 is beyond the edge and x_0 within."""
-  a = train.arguments([*SMALL, "--clip-x0", "--batch", "64", "--loss", loss, "--times", "weighted"])
-  d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
-  images = rng(7).choice(np.array([0, 100, 255], np.uint8), (64, 1, 8, 8))
-  x, t, eps, y, seeds = train.draw(a, images, np.zeros(64, np.int32), 0, 1)
-  t = np.maximum(t, 2)  # L_0 is no squared error
-  before = state.fetch(state.flat["raw"])
-  h = np.array([1, *train.hyper(a, 1)], np.float32)
-  got = train.make_step(state, d, a)(*state.given(h, x, t, eps, y, seeds))[1].numpy()
+def test_no_error_that_clipping_mends(loss):
+  """With the answer ε_θ = 0, x̂_0 is beyond the edge that x_0 lies on wherever ε points outwards: no error there with
+  --clip-x0. Elsewhere it is ε, also where x̂_0 is beyond the edge and x_0 within."""
+  c, d, r = Config(T=50, clip_x0=True, loss=loss), DDPM(T=50), rng(7)
+  x, t = r.choice(np.array([0, 100, 255], np.uint8), (64, 1, 8, 8)), r.integers(2, 51, 64).astype(np.int32)
+  eps = r.standard_normal(x.shape).astype(np.float32)
+  got = train.make_loss(d, c)(lambda x, t: x * 0, Tensor(x), Tensor(t), Tensor(eps), Tensor(t * 0)).numpy()
   mended = (x == 0) & (eps < 0) | (x == 255) & (eps > 0)
-  assert 0.2 < mended.mean() < 0.45 and np.abs(state.fetch(state.flat["raw"]) - before).max() > 0
+  assert 0.2 < mended.mean() < 0.45
   want = (eps**2 * ~mended).reshape(64, -1).mean(1)
   if loss == "vlb":  # Eq. 12; σ_t² = β_t is not the posterior's variance, which adds what does not depend on the model
-    r = d.beta_tilde[t] / d.beta[t]
-    want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + r - 1 - np.log(r)) / 2 / math.log(2)
-  # so that the mean over draws is that over even ones, or, of L_simple, with L_vlb's weights
-  w, p = train.chances(a.T, a.beta_1, a.beta_T, a.schedule)
-  want *= w[t] / p[t] if loss == "simple" else 1 / (a.T * p[t])
+    ratio = d.beta_tilde[t] / d.beta[t]
+    want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + ratio - 1 - np.log(ratio)) / 2 / math.log(2)
   close(got, want, rtol=2e-4)
 
-@pytest.mark.parametrize("times", ("uniform", "weighted"))
-def test_min_snr_weights(times):
-  """Above γ the weight γ/SNR turns the error of ε into γ times that of x̂_0, Eq. 15; a new network answers ε_θ = 0."""
-  a = train.arguments([*SMALL, "--batch", "64", "--min-snr", "5", "--times", times])
-  d, state = DDPM(T=a.T), train.State(dict(TINY, channel_mult=a.channel_mult, attn_resolutions=()), (Device.DEFAULT,))
-  x, t, eps, y, seeds = train.draw(a, rng(7).integers(0, 256, (64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 0, 1)
-  h = np.array([1, *train.hyper(a, 1)], np.float32)
-  got = train.make_step(state, d, a)(*state.given(h, x, t, eps, y, seeds))[1].numpy()
-  x0, squared = x / 127.5 - 1, lambda v: (np.asarray(v, np.float64)**2).reshape(64, -1).mean(1)
-  x_t = d.q_sample(f32(x0), at_times(*t), f32(eps))
-  in_x0 = squared(d.predict_x0(x_t, at_times(*t), x_t * 0).numpy() - x0)
-  clear = d.alpha_bar[t] > 5/6                                # SNR > 5
-  assert 0.2 < clear.mean() < 0.8
-  want = np.where(clear, 5 * in_x0, squared(eps))
-  if times == "weighted":  # each t counts as in L_vlb, of which it is min(SNR, γ)/SNR; an error of 1 everywhere is 1
-    (w, _), (_, p) = [train.chances(a.T, a.beta_1, a.beta_T, a.schedule, g) for g in (0, 5)]
-    all_t = np.minimum(1, 5 * (1 - d.alpha_bar[1:]) / d.alpha_bar[1:])
-    want *= w[t] / p[t] / (w[1:] * all_t).sum()
-  close(got, want, rtol=1e-3)
-  for flags in (["--loss", "vlb"], ["--predict", "x0"]):
-    with pytest.raises(ValueError, match="--min-snr"): train.arguments([*SMALL, "--min-snr", "5", *flags])
+# *** what is drawn ***
 
-def test_dequantized_images_and_dropped_labels():
-  images = rng().integers(0, 256, (64, 1, 8, 8), np.uint8)
-  draw = lambda *flags: train.draw(train.arguments([*SMALL, "--batch", "64", *flags]),
-                                   images, np.zeros(64, np.int32), 9, 1)
-  whole, spread = draw()[0], draw("--dequantize")[0]
-  u = spread - whole
-  assert whole.dtype == np.uint8 and u.min() >= -0.5 and u.max() <= 0.5 and abs(u.std() - 12**-0.5) < 0.01
-  assert abs(np.corrcoef(u.ravel(), draw()[2].ravel())[0, 1]) < 5 / 64
-  for p in (0, 0.5, 1): assert abs((draw("--drop-labels", str(p))[3] == 9).mean() - p) < 0.3
-  assert (draw("--drop-labels", "0")[3] == 0).all() and (draw("--drop-labels", "1")[3] == 9).all()
+def test_every_t_is_trained_and_the_draws_are_independent():
+  c = Config(batch=64, T=20, class_conditional=True)
+  x, y = np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32)
+  draws = [train.draw(c, x, y, 10, n) for n in range(1, 201)]
+  t, eps = np.concatenate([d.t for d in draws]), np.concatenate([d.eps for d in draws])
+  counts = np.bincount(t, minlength=21)
+  # T and 1 as often as the others
+  assert counts[0] == 0 and len(counts) == 21 and np.abs(counts[1:] - 640).max() < 5*np.sqrt(640)
+  assert abs(eps.mean()) < 5/np.sqrt(eps.size) and abs(eps.std() - 1) < 5/np.sqrt(eps.size)
+  flat = eps.reshape(len(eps), -1)
+  for other in (t, sample.draw_x_T(len(t), (1, 1, 1), c.seed).numpy().ravel()):
+    assert np.abs([np.corrcoef(other, flat[:, j])[0, 1] for j in range(0, 64, 8)]).max() < 5/np.sqrt(len(t))
+  assert len({d.eps.tobytes() for d in draws}) == 200
+  assert abs(np.mean([d.y == 10 for d in draws]) - 0.1) < 0.02  # labels dropped
+  for p in (0.0, 1.0):
+    dropped = train.draw(dataclasses.replace(c, drop_labels=p), x, y, 10, 1).y
+    assert (dropped == (10 if p else 0)).all() and dropped.dtype == np.int32
+
+def test_flips_know_nothing_of_the_times():
+  """Image i was once flipped at step n + 1 if and only if t of image 2i + 1 at step n was at most T/2."""
+  images = np.tile(np.arange(8, dtype=np.uint8), (256, 1, 1, 1))
+  c = Config(batch=256, seed=3, flip=True)
+  drawn = [train.draw(c, images, np.zeros(256, np.int32), 0, n)[:2] for n in range(1, 61)]
+  agree = [(x[:128, 0, 0, 0] > 0) == (t[1::2] <= 500) for (_, t), (x, _) in zip(drawn, drawn[1:])]
+  assert 0.45 < np.mean(agree) < 0.55  # of 59 x 128; its deviation is 0.006
 
 def test_warm_up_and_average():
-  a = train.arguments(["--warmup", "10", "--lr", "0.1", "--ema", "0.99", "--anneal", "0"])
-  assert (train.hyper(a, 1)[0] == pytest.approx(0.01)
-          and train.hyper(a, 10)[0] == train.hyper(a, 99)[0] == pytest.approx(0.1))
-  assert train.hyper(a, 1)[3] == pytest.approx(2/11) and train.hyper(a, 10**6)[3] == 0.99
-  a = train.arguments(["--warmup", "10", "--lr", "0.1", "--anneal", "100"])
-  assert [train.hyper(a, n)[0] for n in (1, 51, 100, 101, 500)] == pytest.approx([0.01, 0.05, 0.001, 0, 0])
-  assert train.arguments(["--dataset", "cifar10"]).lr == 2e-4 and train.arguments(["--dataset", "cifar10"]).flip
+  rates = lambda n, **changes: train.rates(Config(warmup=10, lr=0.1, ema=0.99, **changes), n)
+  assert rates(1)[0] == pytest.approx(0.01) and rates(10)[0] == rates(10**6)[0] == pytest.approx(0.1)
+  assert rates(1)[3] == pytest.approx(2/11) and rates(10**6)[3] == 0.99
+  assert [rates(n, anneal=100)[0] for n in (1, 51, 100, 101, 500)] == pytest.approx([0.01, 0.05, 0.001, 0, 0])
+  assert train.rates(Config(warmup=0), 1)[0] == 2e-4
+
+# *** the command line ***
+
+def test_defaults_are_the_papers_and_presets_know_better():
+  c = train.arguments(["--dataset", "cifar10"])
+  assert dataclasses.replace(c, dataset="glyphs", out="runs/<dataset>", flip=False) == Config() and c.flip
+  assert (c.T, c.beta_1, c.beta_T, c.batch, c.lr, c.ema, c.dropout, c.steps) == (1000, 1e-4, 0.02, 128, 2e-4, 0.9999,
+                                                                                 0.1, 800_000)
+  net = train.network(c, (1, 3, 32, 32), 0)
+  assert {k: v for k, v in UNet(**net | dict(channels=32)).config.items() if k != "channels"} == {
+    k: v for k, v in UNet(channels=32).config.items() if k != "channels"}
+  assert train.arguments([]).dataset == "glyphs" and train.arguments([]).out == "runs/glyphs"
+  c = train.arguments(["--dataset", "a/folder/", "--image-size", "8x16", "--channel-mult", "1,3", "--no-flip"])
+  assert (c.out, c.image_size, c.channel_mult, c.flip, c.batch) == ("runs/folder", (8, 16), (1, 3), False, 32)
+  assert train.arguments(["--image-size", "24"]).image_size == 24
 
 def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_run(tmp_path):
-  rate = lambda n, *flags: train.hyper(train.arguments(list(flags)), n)[0]
+  rate = lambda n, *flags: train.rates(train.arguments(["--out", str(tmp_path/"new"), *flags]), n)[0]
   for dataset in ("mnist", "glyphs", "fashion_mnist"):
     steps, lr = [train.PRESETS[dataset][k] for k in ("steps", "lr")]
     short, long = ("--dataset", dataset, "--steps", "10"), ("--dataset", dataset, "--steps", str(2*steps))
@@ -204,71 +280,234 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
       assert train.arguments(["--dataset", dataset, *flags]).min_snr == gamma
   assert rate(10**6, "--dataset", "cifar10") == 2e-4
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
-  run(tmp_path, "--steps", 2, "--batch", 1)
-  run(tmp_path, "--steps", 3, "--batch", 1)
-  with pytest.raises(ValueError, match="0 from step 2500 on.*--init"): run(tmp_path, "--steps", 2501, "--batch", 1)
-
-def test_every_t_is_trained_and_the_draws_are_independent():
-  a = train.arguments([*SMALL, "--batch", "64", "--T", "20"])
-  draws = [train.draw(a, np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int32), 10, n) for n in range(1, 201)]
-  t, eps = np.concatenate([d[1] for d in draws]), np.concatenate([d[2] for d in draws])
-  counts = np.bincount(t, minlength=21)
-  # T and 1 as often as the others
-  assert counts[0] == 0 and len(counts) == 21 and np.abs(counts[1:] - 640).max() < 5*np.sqrt(640)
-  assert abs(eps.mean()) < 5/np.sqrt(eps.size) and abs(eps.std() - 1) < 5/np.sqrt(eps.size)
-  flat = eps.reshape(len(eps), -1)
-  for other in (t, sample.draw_x_T(len(t), (1, 1, 1), a.seed).numpy().ravel()):
-    assert np.abs([np.corrcoef(other, flat[:, j])[0, 1] for j in range(0, 64, 8)]).max() < 5/np.sqrt(len(t))
-  assert len({d[2].tobytes() for d in draws}) == 200
-  assert abs(np.mean([d[3] == 10 for d in draws]) - 0.1) < 0.02  # labels dropped
+  fit(tmp_path, anneal=9)
+  again = lambda *flags: train.arguments(["--out", str(tmp_path), *flags]).anneal
+  assert again("--steps", "9") == 9 and again("--steps", "10", "--anneal", "50") == 50
+  assert again("--steps", "3000", "--restart") == 3000
+  with pytest.raises(ValueError, match="0 from step 10 on.*--init"): again("--steps", "10")
 
 @pytest.mark.parametrize("flags,match", [
   (["--batch", "0"], "--batch.*'0'"), (["--steps", "-5"], "--steps.*'-5'"), (["--lr", "nan"], "--lr.*'nan'"),
-  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T.*'0'"),
-  (["--channel-mult", "0,1"], "--channel-mult"), (["--accum", "3"], "--accum 3"), (["--clip", "-1"], "--clip"),
-  (["--min-snr", "-1"], "--min-snr"), (["--channel-mult", ""], "--channel-mult"), (["--attn", "x"], "--attn"),
+  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T.*'0'"), (["--clip", "-1"], "--clip"),
+  (["--channel-mult", "0,1"], "--channel-mult"), (["--min-snr", "-1"], "--min-snr"), (["--attn", "x"], "--attn"),
   (["--drop-labels", "1.1"], "--drop-labels"), (["--image-size", "0"], "--image-size"), (["--nonsense"], "--nonsense"),
-  # L_0 needs exact levels, and so does what clipping mends
-  (["--dequantize", "--loss", "vlb"], "--dequantize.*--loss"), (["--dequantize", "--clip-x0"], "--clip-x0")])
+  (["--image-size", "8x8x8"], "--image-size"), (["--fit", "squeeze"], "--fit"), (["--step", "5"], "--step"),
+  (["--seed", "-1"], "--seed"), (["--seed", str(2**31)], "--seed"), (["--predict", "y"], "--predict.*'y'")])
 def test_flags_out_of_range(flags, match):
-  with pytest.raises(ValueError, match=match) as refused: train.arguments([*SMALL, *flags])
-  assert "\n" not in str(refused.value)
+  with pytest.raises(ValueError, match=match) as no: train.arguments([*SMALL, *flags])
+  assert "\n" not in str(no.value)
 
-def test_help_says_what_is_the_papers(capsys):
+@pytest.mark.parametrize("changes,words", [
+  ({"accum": 3}, "--accum 3"), ({"accum": 0}, "--accum 0"), ({"channel_mult": ()}, "--channel-mult"),
+  ({"min_snr": 5.0, "loss": "vlb"}, "--min-snr"), ({"min_snr": 5.0, "predict": "x0"}, "--min-snr"),
+  ({"sigma": "learned"}, "--sigma --loss"), ({"schedule": "cosine", "beta_1": 0.5}, "cosine --beta-1"),
+  ({"loss": "mse"}, "--loss simple, mse"), ({"times": "even"}, "--times weighted"), ({"dtype": "float8"}, "--dtype"),
+  ({"save_every": 0}, "--save-every"), ({"lr": -1.0}, "--lr"), ({"ema": 2.0}, "--ema"), ({"batch": 0}, "--batch"),
+  ({"lr": math.nan}, "--lr"), ({"keep_every": -1}, "--keep-every"), ({"seed": -1}, "seed")])
+def test_settings_that_do_not_go(tmp_path, changes, words):
+  refused(lambda: fit(tmp_path/"run", **dict(beta_T=0.02) | changes), *words.split())
+  assert not (tmp_path/"run").exists()
+
+def test_help_names_every_field(capsys):
   with pytest.raises(SystemExit) as end: train.arguments(["--help"])
   says = capsys.readouterr().out
-  groups = {part.split(":\n")[0]: part for part in re.split(r"\n\n(?=\w)", says)}
-  where = {flag: name for name, part in groups.items() for flag in re.findall(r"^  (--[\w-]+)", part, re.MULTILINE)}
-  assert end.value.code == 0 and len(where) >= 38
-  for flag, name in (("--out", "the run"), ("--beta-T", "the paper's"), ("--warmup", "the authors' code's"),
-                     ("--clip", "the authors' code's"), ("--min-snr", "not in the paper")):
-    assert where[flag].startswith(name), where
+  for f in dataclasses.fields(Config): assert f"--{f.name.replace('_', '-')}" in says and f.metadata["help"]
+  assert end.value.code == 0
 
-@pytest.mark.parametrize("program,flags,says", [
-  ("train.py", ["--dataset", "nonsense"], "nonsense"), ("train.py", ["--out", "/proc/x"], "/proc/x"),
-  ("sample.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
-  ("evaluate.py", ["--checkpoint", "missing.safetensors"], "missing.safetensors"),
-  ("train.py", ["--dataset", "glyphs", "--channels", "12", "--norm-groups", "5"], "groups")])
-def test_programs_end_with_one_sentence(program, flags, says, tmp_path):
-  r = subprocess.run([sys.executable, str(ROOT/program), *flags],
-                     capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("flags,says", [
+  (["--dataset", "nonsense"], "nonsense"), (["--out", "/proc/x"], "/proc/x"), (["--accum", "3"], "--accum 3"),
+  (["--channels", "12", "--norm-groups", "5"], "groups"), (["--init", "missing.safetensors"], "missing.safetensors"),
+  (["--image-size", "20"], "glyphs"), (["--T", "20000"], "alpha_bar_T")])
+def test_the_program_ends_with_one_sentence(flags, says, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit) as end: program(lambda: train.main([*SMALL, *flags]))
+  assert says in end.value.code and "\n" not in end.value.code
+
+@pytest.mark.parametrize("env,says", [({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")])
+@pytest.mark.parametrize("init", (False, True))
+def test_no_device_and_no_compiler(tmp_path, env, says, init):
+  flags = ["--init", str(ROOT/"checkpoints"/"mnist.safetensors")] if init else []
+  r = subprocess.run([sys.executable, str(ROOT/"train.py"), "--out", str(tmp_path/"r"), *flags], capture_output=True,
+                     text=True, env={**os.environ, **env, "CACHEDB": str(tmp_path/"cache.db")})
   assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
 
-def test_no_device_and_no_compiler(tmp_path):
-  for env, says in (({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")):
-    env["CACHEDB"] = str(tmp_path/"cache.db")
-    r = subprocess.run([sys.executable, str(ROOT/"train.py"), "--out", str(tmp_path/"r")],
-                       capture_output=True, text=True, env={**os.environ, **env, "XDG_CACHE_HOME": str(tmp_path)})
-    assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
+# *** runs that go on ***
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, images):
+  """A run of 40 steps in one piece, and one that ended after 6."""
+  out = tmp_path_factory.mktemp("whole")
+  run(out/"whole", images, "--class-conditional", "--steps", 40, "--save-every", 5)
+  run(out/"begun", images, "--class-conditional", "--steps", 6, "--save-every", 3)
+  return out/"whole", out/"begun"
+
+def same(a, b): return contents(a) == contents(b) and losses(a) == losses(b)
+
+def test_resume_is_exact(tmp_path, whole, images):
+  whole, begun = whole
+  shutil.copytree(begun, tmp_path/"b")
+  with open(tmp_path/"b"/"log.jsonl", "a") as f: f.write('{"step": 7, "loss": 0}\n{"st')  # as a killed run leaves it
+  run(tmp_path/"b", images, "--class-conditional", "--steps", 40, "--save-every", 20)
+  assert same(whole, tmp_path/"b") and len(losses(whole)) == 40
+
+def test_a_run_of_the_program_before_goes_on(tmp_path, whole, images):
+  """It knew fewer settings, and knew what lies in memory by other names; what came later was off."""
+  whole, begun = whole
+  tensors, metadata = read_tensors(begun/"last.safetensors")
+  meta = json.loads(metadata["ddpm"])
+  for young in ("processes", "labels"): del meta["train"][young]
+  for young in ("out_channels", "head_channels", "norm_eps", "down_pad", "freq_shift"):
+    for place in (meta["unet"], meta["train"]["network"]): del place[young]
+  for young in ("limits", "classes", "how"): del meta[young]
+  meta["train"] |= {"dataset": "another spelling", "dequantize": False}
+  (tmp_path/"b").mkdir()
+  write_tensors(tmp_path/"b"/"last.safetensors", tensors, meta)
+  shutil.copy(begun/"log.jsonl", tmp_path/"b")
+  run(tmp_path/"b", images, "--class-conditional", "--steps", 40)
+  assert same(whole, tmp_path/"b")
+  # and one of the first programs had neither these
+  for young in ("times", "min_snr", "clip_x0", "drop_labels", "init", "anneal"): del meta["train"][young]
+  write_tensors(tmp_path/"b"/"last.safetensors", tensors, meta)
+  with pytest.raises(ValueError, match="anneal = 0, not 50"):
+    run(tmp_path/"b", images, "--class-conditional", "--steps", 40, "--anneal", 50)
+  run(tmp_path/"b", images, "--class-conditional", "--steps", 6)
+
+def test_an_own_models_run_goes_on_and_seeds_matter(tmp_path):
+  fit(tmp_path/"a", steps=6)
+  fit(tmp_path/"b", steps=4, save_every=2)
+  fit(tmp_path/"b", steps=6, data_dir="anywhere")
+  assert same(tmp_path/"a", tmp_path/"b")
+  fit(tmp_path/"b", steps=2, restart=True, seed=1)
+  assert len(losses(tmp_path/"b")) == 2 and losses(tmp_path/"b")[0] != losses(tmp_path/"a")[0]
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory): return fit(tmp_path_factory.mktemp("runs")/"begun", steps=2)
+
+@pytest.mark.parametrize("changes,words", [
+  ({"lr": 1e-5}, "lr = 0.001, not 1e-05 --change"), ({"batch": 16}, "batch = 8, not 16 --change"), ({"seed": 1}, "seed"),
+  ({"T": 40}, "T = 50, not 40 --restart"), ({"beta_T": 0.3}, "beta_T"), ({"predict": "v"}, "predict"),
+  ({"flip": True}, "flip"), ({"accum": 2}, "accum"), ({"warmup": 3, "change": True}, "warmup"), ({"clip": 0.5}, "clip"),
+  ({"dtype": "bfloat16"}, "dtype"), ({"class_conditional": True}, "class_conditional"), ({"anneal": 9}, "anneal")])
+def test_other_settings_are_refused_by_name(begun, changes, words):
+  before = contents(begun)
+  refused(lambda: fit(begun, **dict(steps=4) | changes), *words.split())
+  assert contents(begun) == before and len(losses(begun)) == 2
+
+def test_other_data_networks_and_states_are_refused(begun, tmp_path):
+  before = contents(begun)
+  refused(lambda: fit(begun, IMAGES[::-1].copy()), "data = ", "--out")
+  refused(lambda: fit(begun, IMAGES[:32], LABELS[:32]), "images = [64, 1, 8, 8]")
+  refused(lambda: fit(begun, model=affine((1, 1, 8))), "state of this network", "--restart")
+  refused(lambda: fit(begun, model=UNet(**TINY | {"channel_mult": (1,)})), "network = None")
+  assert contents(begun) == before
+  fit(begun, labels=None, steps=2)  # which it does not look at
+  tensors, metadata = read_tensors(begun/"last.safetensors")
+  meta = json.loads(metadata["ddpm"])
+  for i, (bad, word) in enumerate((({**tensors, "raw.w": tensors["raw.w"] * np.float32(np.nan)}, "finite"),
+                                   ({k: v for k, v in tensors.items() if k != "adam.m"}, "state of this network"))):
+    (out := tmp_path/str(i)).mkdir()
+    write_tensors(out/"last.safetensors", bad, meta)
+    refused(lambda: fit(out), word, "--restart")
+  for i, text in enumerate(({}, {**meta, "step": "x"}, {**meta, "train": 3})):
+    write_tensors(tmp_path/"0"/"last.safetensors", tensors, text)
+    refused(lambda: fit(tmp_path/"0"), "is not the state of a run")
+
+def test_labels_matter_where_they_are_shown(tmp_path):
+  fit(tmp_path, class_conditional=True, steps=1)
+  refused(lambda: fit(tmp_path, IMAGES, LABELS[::-1].copy(), class_conditional=True, steps=2), "labels")
+  fit(tmp_path, class_conditional=True, steps=2)
+
+@pytest.mark.parametrize("broken", ("nan", "inf"))
+def test_a_number_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, monkeypatch, broken):
+  fit(tmp_path, steps=2, save_every=1)
+  before, draw = contents(tmp_path), train.draw
+  def bad(*args):
+    batch = draw(*args)
+    return batch._replace(eps=batch.eps * np.float32(broken)) if args[4] == 4 else batch
+  monkeypatch.setattr(train, "draw", bad)
+  refused(lambda: fit(tmp_path, steps=6, save_every=10), "step 4", broken, "last.safetensors")
+  assert contents(tmp_path) == before
+  refused(lambda: fit(tmp_path/"new", steps=6), "step 4", "no checkpoint")
+  assert not (tmp_path/"new"/"ema.safetensors").exists()
+
+@pytest.mark.parametrize("end", ("", "/"))
+def test_how_the_path_is_spelled_does_not_matter(tmp_path, images, end):
+  pictures_in(tmp_path/"train"/"a", 3)
+  pictures_in(tmp_path/"train"/"b", 3)
+  for i, source in enumerate((f"{tmp_path}/train{end}", os.path.relpath(tmp_path/"train"))):
+    train.fit(config(tmp_path/"run", steps=i + 1), source, model=affine((3, 8, 8)))
+  assert saved_step(tmp_path/"run") == 2 and folder.place("runs/<dataset>", "x/faces/") == "runs/faces"
+  assert about(tmp_path/"run"/"ema.safetensors")["dataset"] == os.path.relpath(tmp_path/"train")
+
+def test_changed_settings_are_noted(tmp_path, capsys):
+  fit(tmp_path, steps=2)
+  middle = read_tensors(tmp_path/"last.safetensors")[0]
+  new = dict(lr=1e-9, batch=16, ema=0.5, anneal=100, min_snr=3.0)
+  fit(tmp_path, steps=3, change=True, **new)
+  *_, second, note, third = log(tmp_path)
+  assert (second["step"], note["step"], third["step"]) == (2, 2, 3) and third["lr"] == pytest.approx(0.98e-9)
+  for words in ("lr from 0.001 to 1e-09", "batch from 8 to 16", "ema from 0.9999 to 0.5", "anneal from 0 to 100",
+                "min_snr from 0.0 to 3.0", "not bit for bit"):
+    assert words in note["note"] and words in capsys.readouterr().err + note["note"]
+  close(read_tensors(tmp_path/"last.safetensors")[0]["raw.w"], middle["raw.w"], atol=1e-8)  # it went on from there
+  adam = read_tensors(tmp_path/"last.safetensors")[0]["adam.v"]
+  assert (adam >= 0.999 * middle["adam.v"] * (1 - 1e-6)).all() and (middle["adam.v"] > 0).all()
+  fit(tmp_path, steps=4, **new)  # from now on the run's own settings
+  assert len(log(tmp_path)) == 5
+  refused(lambda: fit(tmp_path, steps=5), "lr = 1e-09, not 0.001")
+
+def test_weights_that_are_kept(tmp_path):
+  fit(tmp_path, steps=5, keep_every=2)
+  kept = sorted(f.name for f in tmp_path.glob("ema-*"))
+  assert kept == ["ema-000002.safetensors", "ema-000004.safetensors"]
+  fit(tmp_path/"to_2", steps=2)
+  close(read_tensors(tmp_path/kept[0])[0]["w"], read_tensors(tmp_path/"to_2"/"ema.safetensors")[0]["w"], rtol=0)
+  assert about(tmp_path/kept[0])["step"] == 2 and saved_step(tmp_path) == 5
+
+# *** --init ***
+
+def test_a_run_can_begin_with_the_network_and_the_weights_of_another(tmp_path, images, whole, capsys):
+  first = whole[1]  # three classes
+  plain = ["--dataset", str(images), "--steps", "1", "--batch", "4", "--sample-every", "0", "--lr", "1e-9"]
+  train.main([*plain, "--init", str(first), "--class-conditional", "--out", str(tmp_path/"b"), "--attn", ""])
+  says = capsys.readouterr().err
+  assert "begins with the weights of" in says and "anew" not in says and "here it is" not in says
+  meta, theirs = about(tmp_path/"b"/"ema.safetensors"), about(first/"ema.safetensors")
+  assert meta["unet"] == theirs["unet"] and meta["ddpm"] == theirs["ddpm"]
+  before, raw = [read_tensors(f)[0] for f in (first/"ema.safetensors", tmp_path/"b"/"last.safetensors")]
+  for k, v in before.items():
+    for key in ("raw", "ema"): close(raw[f"{key}.{k}"], v, atol=1e-6)
+  # another number of classes: the table of the labels alone is made anew
+  np.savez(tmp_path/"five.npz", images=IMAGES, labels=np.arange(64) % 5)
+  train.main([*plain, "--init", str(first), "--class-conditional", "--out", str(tmp_path/"c"), "--dataset",
+              str(tmp_path/"five.npz"), "--T", "60"])
+  says = capsys.readouterr().err
+  assert "the table of the labels is made anew" in says and "has T = 50; here it is 60" in says
+  raw, meta = read_tensors(tmp_path/"c"/"last.safetensors")
+  assert raw["raw.label"].shape == (6, 32) and json.loads(meta["ddpm"])["ddpm"]["T"] == 60
+  for k, v in before.items():
+    if k != "label": close(raw[f"raw.{k}"], v, atol=1e-6)
+  with pytest.raises(ValueError, match="--init.*another network"):
+    train.main([*plain, "--init", str(first), "--out", str(tmp_path/"d"), "--channels", "16"])
+
+def test_what_no_flag_says_is_the_checkpoints(tmp_path, monkeypatch):
+  """What files of other programs have: the norm's epsilon, heads of attention, padding, frequencies; another target."""
+  theirs = dict(head_channels=4, norm_eps=1e-5, down_pad=1, freq_shift=0)
+  net = UNet(**TINY | dict(channel_mult=(1,), attn_resolutions=()), **theirs)
+  checkpoint.save(tmp_path/"a.safetensors", net, {"ddpm": {"T": 30, "predict": "v"}})
+  c = train.arguments(["--dataset", "mnist", "--init", str(tmp_path/"a.safetensors"), "--out", str(tmp_path/"b")])
+  assert (c.T, c.predict, c.min_snr, c.channels, c.channel_mult, c.attn) == (30, "v", 0.0, 8, (1,), ())
+  assert train.network(c, (1, 1, 8, 8), 0) == {**net.config}
+
+# *** programs that are stopped ***
 
 @pytest.fixture
-def start():
+def start(images):
   """start(out, *flags): train.py as a program of its own, which may be stopped."""
   programs = []
-  def begin(out, *flags, **env):
-    command = [sys.executable, str(ROOT/"train.py"), *SMALL, "--out", str(out), *map(str, flags)]
-    programs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                     env={**os.environ, **env}))
+  def begin(out, *flags, command=(str(ROOT/"train.py"), *SMALL, "--dataset", str(images)), **env):
+    programs.append(subprocess.Popen([sys.executable, *command, "--out", str(out), *map(str, flags)], text=True,
+                                     stderr=subprocess.PIPE, start_new_session=True, env={**os.environ, **env}))
     return programs[-1]
   yield begin
   for p in programs:
@@ -277,76 +516,100 @@ def start():
 
 def wait_for_lines(process, out, n):
   """Until the log has more than n lines, or the program has ended."""
-  log = out/"log.jsonl"
-  while process.poll() is None and not (log.exists() and log.read_text().count("\n") > n): time.sleep(0.002)
+  file = out/"log.jsonl"
+  while process.poll() is None and not (file.exists() and file.read_text().count("\n") > n): time.sleep(0.002)
 
-def saved_step(out): return json.loads(read_tensors(out/"last.safetensors")[1]["ddpm"])["step"]
-
-def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path, start):
-  stopped = tmp_path/"stopped"
-  run(tmp_path/"whole", "--steps", 12, "--save-every", 2)
-  for lines, how in ((1, signal.SIGKILL), (4, signal.SIGINT)):
-    p = start(stopped, "--steps", 12, "--save-every", 2)
+def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path, start, whole, images):
+  stopped, flags = tmp_path/"stopped", ("--class-conditional", "--steps", 40, "--save-every", 5)
+  for lines, how in ((3, signal.SIGKILL), (12, signal.SIGINT)):
+    p = start(stopped, *flags)
     wait_for_lines(p, stopped, lines)
     p.send_signal(how)
     says = p.communicate()[1]
     if how == signal.SIGINT:  # Ctrl-C saves the step it is at
-      assert p.returncode == 130 and "run the same command again" in says
-      assert saved_step(stopped) == len(losses(stopped))
+      assert p.returncode == 130 and "run the same command again" in says, says
+      assert saved_step(stopped) == len(losses(stopped)) < 40
   (stopped/".0123456789abcdef.tmp").write_bytes(b"what a killed run left")
-  run(stopped, "--steps", 12, "--save-every", 2)
-  assert contents(tmp_path/"whole") == contents(stopped) and losses(tmp_path/"whole") == losses(stopped)
+  run(stopped, images, *flags)
+  assert same(whole[0], stopped)
 
-def test_a_run_that_is_told_to_end_saves_and_nobody_else_may_use_its_folder(tmp_path, start):
-  p = start(tmp_path, "--steps", 10**6, "--save-every", 10**6)
+def test_a_run_that_is_told_to_end_saves_and_no_other_program_may_use_its_folder(tmp_path, start, images):
+  p = start(tmp_path, "--steps", 2000, "--save-every", 10**6)
   wait_for_lines(p, tmp_path, 2)
   for flags in ((), ("--restart",)):
-    other = start(tmp_path, "--steps", 10**6, *flags)
-    says = other.communicate()[1]
-    assert other.returncode == 1 and f"{tmp_path} is in use" in says.splitlines()[-1] and "Traceback" not in says, says
+    with pytest.raises(OSError, match=f"{tmp_path} is in use"): run(tmp_path, images, "--steps", 2000, *flags)
   for _ in "ab": os.killpg(p.pid, signal.SIGTERM)  # as timeout does: twice, and to every process of it
   says = p.communicate()[1]
-  assert p.returncode == 143 and "saved: run the same command again" in says, says
+  assert p.returncode == 143 and "saved: run the same command again" in says and "Traceback" not in says, says
   done = saved_step(tmp_path)
   assert done == len(losses(tmp_path)) > 2
-  run(tmp_path, "--steps", done + 2)
-  steps = [json.loads(line)["step"] for line in (tmp_path/"log.jsonl").read_text().splitlines()]
-  assert steps == list(range(1, done + 3))
+  run(tmp_path, images, "--steps", done + 2)
+  assert [e["step"] for e in log(tmp_path)] == list(range(1, done + 3))
+
+OWN = """if True:
+  import sys
+  sys.path[:0] = sys.argv[1:3]
+  import dataclasses, test_train as t
+  from engine.terminal import run
+  def main(): t.fit(sys.argv[4], **eval(sys.argv[5]))
+  if __name__ == "__main__": run(main)"""
 
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="elsewhere the first step may take minutes")
 def test_a_run_that_is_told_to_end_while_it_compiles(tmp_path, start):
   """The processes that compile get the signal as well."""
-  p, out = start(tmp_path/"run", "--steps", 10**6, CACHEDB=str(tmp_path/"cache.db")), tmp_path/"run"  # nothing is kept
+  out = tmp_path/"run"
+  (tmp_path/"own.py").write_text(OWN)
+  p = start(out, "{'steps': 10**6}", command=(str(tmp_path/"own.py"), str(ROOT), str(ROOT/"tests")),
+            CACHEDB=str(tmp_path/"cache.db"))  # nothing is kept
   def compiles():
     there = subprocess.check_output(["ps", "-axww", "-o", "ppid=", "-o", "args="], text=True).splitlines()
     return any(line.split()[0] == str(p.pid) and "spawn_main" in line for line in there)
-  while p.poll() is None and not compiles() and not (out.exists() and losses(out)): time.sleep(0.1)
-  time.sleep(1)
+  while p.poll() is None and not compiles() and not (out.exists() and losses(out)): time.sleep(0.02)
+  time.sleep(0.2)
   os.killpg(p.pid, signal.SIGTERM)
   says = p.communicate(timeout=500)[1]
-  assert p.returncode == 143 and saved_step(out) == len(losses(out)), says
+  assert p.returncode == 143 and saved_step(out) == losses(out) and "Traceback" not in says, says
 
-def test_a_run_of_an_older_program_goes_on(tmp_path):
-  """It knew no flag that came later; such a flag was off."""
-  run(tmp_path/"a", "--steps", 4, "--anneal", 0)
-  run(tmp_path/"b", "--steps", 2, "--anneal", 0)
-  tensors, metadata = read_tensors(tmp_path/"b"/"last.safetensors")
-  meta = json.loads(metadata["ddpm"])
-  for young in ("times", "min_snr", "dequantize", "clip_x0", "drop_labels", "init", "anneal"): del meta["train"][young]
-  meta["train"]["network"]["fourier"] = []  # and a flag that is no more
-  write_tensors(tmp_path/"b"/"last.safetensors", tensors, meta)
-  with pytest.raises(ValueError, match="anneal = 0, not 5"): run(tmp_path/"b", "--steps", 4, "--anneal", 5)
-  run(tmp_path/"b", "--steps", 4)
-  assert contents(tmp_path/"a") == contents(tmp_path/"b") and losses(tmp_path/"a") == losses(tmp_path/"b")
+# *** what a run says ***
+
+def test_first_lines_and_progress(tmp_path, capsys):
+  fit(tmp_path, steps=2)
+  says = capsys.readouterr()
+  first, warning, *_ = says.err.splitlines()[1:]
+  assert first == (f"an array: 64 images of 1 x 8 x 8 in 3 classes; read as N, C, H, W; flips off; 65 parameters; batch 8; "
+                   f"to {tmp_path}")
+  assert "warning" in warning and "T = 50" in warning and not says.out  # √ᾱ_T is 8%
+  line = says.err.splitlines()[-1]
+  assert re.fullmatch(r"step +2/2  loss \d\.\d{4}  grad +\d+\.\d{3}  +\d+\.\d images/s  0:00:00 left", line), line
+  fit(tmp_path, steps=2, beta_T=0.2)
+  assert "from step 2 on" in (says := capsys.readouterr().err) and "has 2 steps already" in says
+  fit(tmp_path/"dark", steps=1, T=100, flip=True)
+  assert "warning" not in (says := capsys.readouterr().err) and "flips on" in says
 
 def test_time_left_counts_hours_beyond_a_day(tmp_path, monkeypatch, capsys):
   ticks = iter(range(0, 10**9, 100_000))  # between two looks at the clock there are 100,000 s
-  monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: next(ticks)}))
-  run(tmp_path, "--steps", 4)
+  monkeypatch.setattr(folder, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: next(ticks)}))
+  fit(tmp_path, steps=4)
   left = {int(n): (int(h), m, s) for n, h, m, s in
           re.findall(r"step +(\d)/4 .* (\d+):(\d\d):(\d\d) left", capsys.readouterr().err)}
   assert left[4] == (0, "00", "00") and left[3][0] >= 27 and left[2][0] == 2 * left[3][0] + 1
   assert left[3][0] * 3600 + int(left[3][1]) * 60 + int(left[3][2]) == 100_000
+
+def test_pictures_of_samples_are_of_the_same_noise(tmp_path, monkeypatch):
+  grids, grid, asked = [], pictures.grid, []
+  monkeypatch.setattr(pictures, "grid", lambda x, *a: grids.append(x) or grid(x, *a))
+  class Model(Affine):
+    def __call__(self, x, t, y=None):
+      if x.shape[0] == 36: asked.append(y.numpy())
+      return super().__call__(x, t, y)
+  model = Model(*[getattr(affine(), k) for k in "wb"])
+  fit(tmp_path, steps=3, sample_every=2, lr=1e-12, model=model, class_conditional=True)
+  assert {f.name for f in (tmp_path/"samples").iterdir()} == {"000002.png", "000003.png"}
+  assert (tmp_path/"samples.png").read_bytes() == (tmp_path/"samples"/"000003.png").read_bytes()
+  assert grids[0].shape == (36, 1, 8, 8) and np.array_equal(*grids) and len({x.tobytes() for x in grids[0]}) == 36
+  assert all((y == np.arange(36) % 3).all() for y in asked)
+  image = Image.open(tmp_path/"loss.png")
+  assert image.size == (720, 440) and len(image.getcolors(10**6)) > 10
 
 # *** the log ***
 
@@ -356,96 +619,118 @@ def write_log(path, steps):
       entry = {"step": n, "loss": 1/n, "smooth": 2/n, "grad_norm": 1., "lr": 1e-3, "bands": [1.]*4, "images_per_s": 9.9}
       f.write(json.dumps(entry) + "\n")
 
-def test_what_is_kept_of_the_log_is_bounded_and_depends_on_the_steps_alone(tmp_path):
-  whole, path = [], tmp_path/"log.jsonl"
-  for n in range(1, 40_001):
-    train.add_point(whole, (n, 1/n, 2/n))
-    assert len(whole) <= 2000 and (n > 2000 or len(whole) == n)
-    if n in (1999, 2001, 7_000, 16_001, 40_000):  # the same as a run that goes on from here has it
-      write_log(path, range(1, n + 6))
-      before = path.read_text()
-      assert train.cut_log(path, n) == whole
-      assert path.read_text() == "".join(before.splitlines(keepends=True)[:n])
-  at = np.array([n for n, *_ in whole])
-  assert at[0] == 1 and len(at) > 1000 and len(set(np.diff(at))) == 1 and 40_000 - at[-1] < np.diff(at)[0]
-  assert whole[5][1:] == (1/at[5], 2/at[5])
+def test_a_long_runs_log_has_every_so_many_steps(tmp_path, monkeypatch):
+  monkeypatch.setattr(folder, "write", lambda *a: None)
+  c, curves = config(tmp_path, steps=6000, save_every=1000), []
+  monkeypatch.setattr(pictures, "loss_curve", lambda path, *curve: curves.append(curve))
+  batch = np.arange(1, 9), np.ones(8)
+  with folder.Record(c, SimpleNamespace(), None, None, None, {}, {}, 0, 0.0) as record:
+    for n in range(1, 6001):
+      record.save, last = (lambda *a: None) if n < 6000 else folder.Record.save.__get__(record), n == 6000
+      assert record.step(n, batch[0], batch[1] * n, 1.0, 1e-3) == last
+  steps = [e["step"] for e in log(tmp_path)]
+  assert steps == sorted({*range(3, 6001, 3), *range(1000, 6001, 1000)})
+  (at, loss, smooth, held_out), = curves
+  assert at.tolist() == loss.tolist() == steps and held_out is None and smooth[-1] < 6000
 
 def test_a_long_log_is_not_read_into_memory(tmp_path):
-  write_log(tmp_path/"log.jsonl", range(1, 50_001))
+  write_log(tmp_path/"log.jsonl", range(1, 20_001))
   tracemalloc.start()
   try:
-    train.cut_log(tmp_path/"log.jsonl", 49_999)
-    assert tracemalloc.get_traced_memory()[1] < 2e6 < (tmp_path/"log.jsonl").stat().st_size
+    folder.cut(tmp_path/"log.jsonl", 19_999)
+    assert tracemalloc.get_traced_memory()[1] < 1e6 < (tmp_path/"log.jsonl").stat().st_size
   finally: tracemalloc.stop()
 
-@pytest.mark.parametrize("damage", ["", "no json\n", '{"step": 3}\n', '{"step": null}\n', "[]\n", "\0\xff\n"])
+@pytest.mark.parametrize("damage", ["", "no json\n", '{"step": null}\n', "[]\n", "\0\xff\n", '{"step": 3, "loss": 1}\n'])
 def test_a_damaged_log_ends_where_the_damage_is(tmp_path, damage):
   path = tmp_path/"log.jsonl"
   write_log(path, (1, 2))
   good = path.read_text()
-  path.write_bytes((good + damage).encode("latin-1"))
-  assert train.cut_log(path, 9) == [(1, 1.0, 2.0), (2, 0.5, 1.0)] and path.read_text() == good
+  path.write_bytes((good + damage + '{"step": 4, "loss": 1, "smooth": 1}\n' * bool(damage)).encode("latin-1"))
+  folder.cut(path, 9)
+  assert path.read_text() == good
+  close(folder.curve(path, "loss", "smooth"), [[1, 2], [1, 0.5], [2, 1]])
+  folder.cut(path, 1, "a note")
+  assert log(tmp_path)[1:] == [{"step": 1, "note": "a note"}]
+  close(folder.curve(path, "loss"), [[1], [1]])
   path.unlink()
-  assert train.cut_log(path, 9) == [] and path.read_text() == ""
+  folder.cut(path, 9)
+  assert path.read_text() == "" and folder.curve(path, "loss", "smooth").shape == (3, 0)
 
 # *** images of a folder ***
 
-def folder(path, side, n=3):
-  path.mkdir()
-  for i in range(n): Image.fromarray(rng(i).integers(0, 256, (side, side, 3), np.uint8)).save(path/f"{i}.png")
-  return str(path)
+def pictures_in(path, n, size=(8, 8), seed=0):
+  path.mkdir(parents=True)
+  for i in range(n):
+    Image.fromarray(rng([seed, i]).integers(0, 256, (*size, 3), np.uint8)).save(path/f"{i}.png")
+  return path
 
 class Enough(Exception): pass
 
-@pytest.mark.parametrize("side,flags,size", [
-  (50, [], 48), (512, [], 64), (50, ["--channel-mult", "1,2"], 50), (512, ["--image-size", "128"], 128)])
-def test_size_of_the_images_of_a_folder(tmp_path, monkeypatch, side, flags, size):
-  def state(config, *_):
-    assert config["image_size"] == size
+@pytest.mark.parametrize("size,flags,shape,said", [
+  ((50, 50), [], 48, "cut from 50x50 to 48x48"), ((80, 40), [], (80, 40), ""), ((50, 50), ["--channel-mult", "1,2"], 50, ""),
+  ((64, 64), ["--image-size", "32"], 32, "resized"), ((64, 64), ["--image-size", "32x16"], (32, 16), "32x16")])
+def test_size_of_the_images_of_a_folder(tmp_path, monkeypatch, size, flags, shape, said):
+  def net(**config):
+    assert config["image_size"] == shape and config["in_channels"] == 3
     raise Enough
-  monkeypatch.setattr(train, "State", state)
-  with pytest.raises(Enough): train.main(["--dataset", folder(tmp_path/"pictures", side), *flags])
+  monkeypatch.setattr(train, "UNet", net)
+  with pytest.raises(Enough): train.main(["--dataset", str(pictures_in(tmp_path/"p", 3, size)), *flags])
+  found = data.read(str(tmp_path/"p"), size=train.arguments(flags).image_size, multiple=2 if "1,2" in flags else 8)
+  assert said in found.about
 
-def test_a_folder_is_trained_on_at_the_size_that_is_said(tmp_path, capsys):
-  pictures = folder(tmp_path/"pictures", 13)
-  run(tmp_path/"run", "--dataset", pictures, "--image-size", 8, "--steps", 1)
-  assert "3 images of 3x8x8" in capsys.readouterr().err
-  assert checkpoint.load(tmp_path/"run"/"ema.safetensors")[0].config["image_size"] == 8
-  with pytest.raises(ValueError, match="image_size|images"):
-    run(tmp_path/"run", "--dataset", pictures, "--image-size", 12, "--steps", 2)
-  with pytest.raises(ValueError, match="50x50.*multiple of 4"):
-    run(tmp_path/"other", "--dataset", pictures, "--image-size", 50, "--channel-mult", "1,1,1")
-  with pytest.raises(ValueError, match="size.*glyphs"): run(tmp_path/"other", "--image-size", 8)
+def test_a_folder_is_trained_on_at_the_size_that_is_said_and_read_as_then(tmp_path):
+  source = pictures_in(tmp_path/"p", 3, (13, 13))
+  own = affine((3, 8, 4))
+  train.fit(config(tmp_path/"run", steps=1, image_size=(8, 4), fit="pad"), str(source), model=own)
+  meta = about(tmp_path/"run"/"ema.safetensors")
+  assert meta["how"] == {"size": [8, 4], "fit": "pad", "mode": None, "multiple": 1} and meta["dataset"] == str(source)
+  refused(lambda: train.fit(config(tmp_path/"run", steps=2, image_size=(8, 4)), str(source), model=own), "data = ")
 
-# *** the rest ***
+@pytest.mark.parametrize("times", ("uniform", "weighted"))
+def test_held_out_loss(tmp_path, monkeypatch, times):
+  """At each save, the same images, t and ε, under the averaged weights; on the scale of the training loss."""
+  for half, n in (("train", 40), ("val", 20)): pictures_in(tmp_path/"p"/half, n, seed=n)
+  curves, loss_curve, seen = [], pictures.loss_curve, []
+  monkeypatch.setattr(pictures, "loss_curve", lambda *a: curves.append(a[4]) or loss_curve(*a))
+  held_out = objectives.held_out
+  monkeypatch.setattr(objectives, "held_out", lambda *a: seen.append(held_out(*a)) or seen[-1])
+  model = affine((3, 8, 8))
+  kept = {k: getattr(model, k).numpy().astype(np.float64) for k in "wb"}
+  c = config(tmp_path/"run", steps=5, save_every=2, lr=1e-12, times=times)
+  train.fit(c, str(tmp_path/"p"), model=model)
+  (x, t, eps, _), = seen
+  assert {v.tobytes() for v in x} == {v.tobytes() for v in data.load(str(tmp_path/"p"), "test")[0]} and len(t) == 20
+  d, col = DDPM(50, 1e-4, 0.2), lambda u: np.reshape(u, (-1, 1, 1, 1))
+  x_t = col(np.sqrt(d.alpha_bar[t])) * (x / 127.5 - 1) + col(np.sqrt(1 - d.alpha_bar[t])) * eps
+  each = ((x_t * kept["w"] + kept["b"] * col(t) / 100 - eps)**2).mean((1, 2, 3))
+  if times == "weighted":
+    share, drawn = objectives.chances(d)
+    each = each * share[t] / drawn[t]
+    counts = np.bincount(t, minlength=51)
+    assert np.abs(counts - 20 * drawn).max() < 1 + 1e-6
+  else: assert sorted(t) == (1 + np.arange(20) * 50 // 20).tolist()
+  found = {e["step"]: e["held_out"] for e in log(tmp_path/"run") if "held_out" in e}
+  assert list(found) == [2, 4, 5]
+  close(list(found.values()), each.mean(), rtol=1e-3)
+  close(curves[-1], [list(found), list(found.values())])
+  train.fit(dataclasses.replace(c, steps=6), str(tmp_path/"p"), model=affine((3, 8, 8)))
+  assert [s for s in ([e["step"] for e in log(tmp_path/"run") if "held_out" in e])] == [2, 4, 5, 6]
+  assert all(np.array_equal(a, b) for a, b in zip(*seen))
 
-def test_memory_does_not_grow():
-  used = [seen[-1] for seen in step_once(steps=20)]
-  assert len(set(used[3:])) == 1
+def test_one_class_alone_is_refused(tmp_path):
+  source = str(pictures_in(tmp_path/"p", 4))
+  refused(lambda: train.fit(config(tmp_path/"run", class_conditional=True), source, model=affine((3, 8, 8))),
+          "one class", "sub-folders", "dataset.json", "labels of an array")
+  refused(lambda: fit(tmp_path/"run", labels=None, class_conditional=True), "one class")
+  assert not (tmp_path/"run").exists()
 
-@pytest.mark.parametrize("predict,loss,sigma", [("mu", "vlb", "beta"), ("x0", "simple", "beta_tilde")])
-def test_other_rows_of_table_2_and_labels(tmp_path, predict, loss, sigma):
-  run(tmp_path, "--steps", 1, "--predict", predict, "--loss", loss, "--sigma", sigma, "--class-conditional",
+# *** Table 2 ***
+
+def test_a_learned_variance_and_labels(tmp_path, images):
+  run(tmp_path, images, "--steps", 1, "--predict", "mu", "--loss", "vlb", "--sigma", "learned", "--class-conditional",
       "--beta-1", 1e-3, "--beta-T", 0.3)
   model, meta = checkpoint.load(tmp_path/"ema.safetensors")
-  assert (meta["ddpm"] == {"T": 50, "beta_1": 1e-3, "beta_T": 0.3, "schedule": "linear", "sigma": sigma,
-                           "predict": predict} and model.config["num_classes"] == 10)
-
-def test_a_run_can_begin_with_the_weights_of_another(tmp_path):
-  run(tmp_path/"a", "--steps", 3)
-  before = read_tensors(tmp_path/"a"/"ema.safetensors")[0]
-  run(tmp_path/"b", "--steps", 1, "--lr", 1e-9, "--init", tmp_path/"a")
-  raw = read_tensors(tmp_path/"b"/"last.safetensors")[0]
-  for k, v in before.items():
-    for key in ("raw", "ema"): close(raw[f"{key}.{k}"], v, atol=1e-6)
-  with pytest.raises(ValueError, match="--init.*another network"):
-    run(tmp_path/"c", "--steps", 1, "--channels", 16, "--init", tmp_path/"a")
-
-def test_flips_know_nothing_of_the_times():
-  """Image i was once flipped at step n + 1 if and only if t of image 2i + 1 at step n was at most T/2."""
-  images = np.tile(np.arange(8, dtype=np.uint8), (256, 1, 1, 1))
-  a = argparse.Namespace(T=1000, batch=256, seed=3, flip=True, times="uniform", dequantize=False, drop_labels=0.0,
-                         accum=1)
-  drawn = [train.draw(a, images, np.zeros(256, np.int32), 0, n)[:2] for n in range(1, 61)]
-  agree = [(x[:128, 0, 0, 0] > 0) == (t[1::2] <= 500) for (_, t), (x, _) in zip(drawn, drawn[1:])]
-  assert 0.45 < np.mean(agree) < 0.55  # of 59 x 128; its deviation is 0.006
+  assert meta["ddpm"] == {"T": 50, "beta_1": 1e-3, "beta_T": 0.3, "schedule": "linear", "sigma": "learned",
+                          "predict": "mu"}
+  assert model.config["num_classes"] == 3 and model.config["out_channels"] == 2 and meta["classes"] == ["0", "1", "2"]

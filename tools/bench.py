@@ -64,7 +64,7 @@ def source(program:UOp) -> str: return next(u.arg for u in program.src if u.op i
 
 def forward_flops(model:unet.UNet, shape:Shape) -> int:
   """Multiplications and additions of all products of one forward pass, counted from their shapes alone."""
-  count = [0]
+  count:list = []
   def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
     B, H, W, _ = x.shape
     count.append(2 * B * (H//stride) * (W//stride) * w.numel())
@@ -99,8 +99,8 @@ def peak() -> float:
 
 def filled(call:UOp) -> UOp:
   """The call with zeros in the place of the step's own inputs."""
-  def zeros(u:UOp) -> UOp: return Tensor.zeros(u.max_numel(), dtype=u.dtype, device=u.device).contiguous().realize().uop.base
-  inputs = {u: zeros(u) for s in call.src[1:] for u in s.toposort() if u.op is Ops.PARAM}
+  params = [u for s in call.src[1:] for u in s.toposort() if u.op is Ops.PARAM]
+  inputs = {u: Tensor.zeros(*u.shape, dtype=u.dtype, device=u.device).clone().realize().uop.base for u in params}
   return call.replace(src=(call.src[0], *(s.substitute(inputs) for s in call.src[1:])))
 
 def slowest(graphs:list[Callable], most:int) -> str:

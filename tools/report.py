@@ -8,9 +8,8 @@ import argparse, contextlib, dataclasses, json, os, platform, re, shutil, signal
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from tools.bench import by_name, logged
+from engine.terminal import number, parser, run
 from files.atomic import atomic
-from engine.terminal import number, run
 
 ROOT = Path(__file__).parent.parent
 PY = sys.executable
@@ -53,7 +52,7 @@ def last_json(out:str) -> dict: return json.loads(out.splitlines()[-1])
 # *** the parts ***
 
 def device(r:Report) -> str:
-  facts = last_json(call(r, PY, "-c", "from files import report; report.about()") or "{}")
+  facts = last_json(call(r, PY, "-c", "from tools import report; report.about()") or "{}")
   r.small |= facts.pop("processor", False)
   if facts: os.environ.setdefault("DEV", facts["device"])
   packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("tinygrad", "numpy", "pillow"))
@@ -86,13 +85,13 @@ def tests(r:Report) -> str:
 def speed(r:Report, beam:str="0") -> str:
   if r.small and beam != "0": return "Not with small sizes."
   rows, few = [], ["--repeats", "2"] if r.small else []
-  types = ["float32", "bfloat16", "float16"] if r.small else ["bfloat16", "float32", "float16"]
+  types = ["float32"] if r.small else ["bfloat16", "float32", "float16"]
   if os.environ.get("DEV", "").startswith(("CUDA", "NV")): types.append("float32 --tf32")
   for dtype in types:
     for preset, batch in (("glyphs", 4),) if r.small else (("cifar10", 128), ("mnist", 32)):
       flags = ["--preset", preset, "--batch", str(batch), "--dtype", *dtype.split(), *few]
       # the first counts most, and leaves something for the others
-      out = call(r, PY, "bench.py", *flags, "--json", BEAM=beam, share=2/3)
+      out = call(r, PY, "-m", "tools.bench", *flags, "--json", BEAM=beam, share=2/3)
       if not out: continue
       b = last_json(out)
       if beam == "0" and dtype == b["dtype"]: r.results.append(b)
@@ -109,24 +108,15 @@ def searched(r:Report) -> str: return speed(r, "2")
 
 def slowest(r:Report) -> str:
   preset, batch, dtype = ("glyphs", "4", "float32") if r.small else ("cifar10", "128", "bfloat16")
-  log = call(r, PY, "bench.py", "--preset", preset, "--batch", batch, "--dtype", dtype, "--repeats", "2",
-             JIT="2", DEBUG="2", NO_COLOR="1", BEAM="0")
-  return f"A training step of {preset}, batch {batch}, {dtype}, each kernel waited for: {kernels(log)}" if log else ""
-
-def kernels(log:str, most:int=10) -> str:
-  """The slowest kernels of the last training step, by name, from the lines that tinygrad prints with DEBUG=2."""
-  step = max(reversed(logged(log)), key=len)  # sampling, which comes after it, has fewer kernels
-  slow, whole = by_name(step), sum(k[1] for k in step)
-  return f"{len(step)} kernels, {whole*1e3:.1f} ms.\n\n" + table(
-    ["kernel", "times", "ms, all of them", "share", "GFLOP/s", "GB/s"],
-    ([f"`{k}`", int(n), f"{s*1e3:.3f}", f"{s/whole:.1%}", f"{f/s:.0f}", f"{b/s:.0f}"]
-     for k, (n, s, f, b) in slow[:most]))
+  out = call(r, PY, "-m", "tools.bench", "--preset", preset, "--batch", batch, "--dtype", dtype, "--repeats", "2",
+             "--kernels", "10", BEAM="0")
+  return f"```\n{out}```" if out else ""
 
 def samples(r:Report) -> str:
   n, steps = (4, 10) if r.small else (256, 1000)
   rows = []
-  for dtype in ("float32", "bfloat16"):
-    out = call(r, PY, "-c", f"from files import report; report.draw({dtype!r}, {n}, {steps})")
+  for dtype in ("float32", "bfloat16")[:1 if r.small else 2]:
+    out = call(r, PY, "-c", f"from tools import report; report.draw({dtype!r}, {n}, {steps})")
     if not out: continue
     first, short, long = last_json(out)["seconds"]
     rows.append([dtype, f"{first:.1f}", f"{long:.1f}", f"{(long-short) / (steps-2) * steps:.2f}"])
@@ -147,12 +137,12 @@ def draw(dtype:str, n:int, steps:int):
   print(json.dumps({"seconds": seconds}))
 
 def training(r:Report) -> str:
-  import data
-  there = any((p/f"train-images-idx3-ubyte{z}").is_file() for p in data.places("mnist", None) for z in ("", ".gz"))
+  from files.mirrors import places
+  there = any((p/f"train-images-idx3-ubyte{z}").is_file() for p in places("mnist", None) for z in ("", ".gz"))
   steps, more = (5, ["--batch", "4"]) if r.small else (200, [])
   logs:dict[str, dict[int, dict]] = {}
   for dataset in ("glyphs", "mnist") if there and not r.small else ("glyphs",):
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16")[:1 if r.small else 2]:
       with tempfile.TemporaryDirectory() as folder:
         call(r, PY, "train.py", "--dataset", dataset, "--steps", str(steps), "--dtype", dtype, "--sample-every", "0",
              "--out", folder, *more)
@@ -172,26 +162,26 @@ def peer(r:Report) -> str:
   for compiled in ([], ["--compile"])[:1 if r.small else 2]:
     for ours in r.results:
       if ours["dtype"] == "float16" or compiled and ours["dtype"] == "float32": continue
-      out = call(r, pythons[0], "-m", "files.torch_peer", "--dtype", ours["dtype"], "--batch", str(ours["batch"]), *few,
+      out = call(r, pythons[0], "-m", "tools.torch_peer", "--dtype", ours["dtype"], "--batch", str(ours["batch"]), *few,
                  *compiled, "--parameters", str(ours["parameters"]), "--network", json.dumps(ours["unet"]), share=2/3)
       if not out: continue
       t = last_json(out)
       rates = [(t[k], ours[k]/t[k]) for k in ("train_images_per_s", "sample_images_per_s")]
-      rows.append([ours["preset"], t["batch"], t["dtype"], "yes" if compiled else "no", t["device"],
+      rows.append([ours["preset"], t["batch"], t["dtype"], "yes" if t["compiled"] else "no", t["device"],
+                   f"{t['layout']}, {t['sample_layout']}", t["adam"],
                    f"{t['first_step_s']:.1f}", f"{t['peak_memory_bytes']/2**20:.0f}",
                    *(text for rate, times in rates for text in (f"{rate:.1f}", f"{times:.2f}"))])
-  return table(["network", "batch", "type", "compiled", "on", "first step s", "memory MiB", "training images/s",
-                "ours, times that", "sampling images/s", "ours, times that"], rows)
+  return table(["network", "batch", "type", "compiled", "on", "layouts", "Adam", "first step s", "memory MiB",
+                "training images/s", "ours, times that", "sampling images/s", "ours, times that"], rows)
 
 # what each is called, its seconds of 480; the last has what the others leave
 PARTS:list[tuple[str, float, Callable[[Report], str]]] = [
   ("Device", 20, device), ("Tests", 60, tests), ("Speed", 150, speed), ("The ten slowest kernels", 40, slowest),
-  ("Samples", 60, samples), ("Training", 60, training), ("PyTorch beside it", 60, peer),
+  ("Samples", 60, samples), ("Training", 60, training), ("PyTorch beside it", 90, peer),
   ("Speed with BEAM=2", 480, searched)]
 
 def main(argv:list[str]|None=None):
-  p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  p.error = lambda message: sys.exit(f"report.py: {message}")  # type: ignore[method-assign, assignment]
+  p = parser("report.py", __doc__ or "", formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("--out", default="gpu-report.md", help="the file (gpu-report.md)")
   p.add_argument("--small", action="store_true", help="small sizes, as by themselves on a processor")
   p.add_argument("--minutes", type=number(float, 0.01, 10_000), default=8., help="for all of it; BEAM=2 likes more (8)")

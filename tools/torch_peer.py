@@ -1,7 +1,8 @@
 """The same network in PyTorch, and the speed of the same training step and sampling step with it: what to compare
-bench.py with. Nothing else of the project is used here, and nothing of the project needs it.
+tools/bench.py with. Each step is measured in both layouts of memory, contiguous and channels_last, and the better one
+counts. Nothing else of the project is used here, and nothing of the project needs it.
 
-  python -m files.torch_peer --dtype bfloat16 --compile
+  python -m tools.torch_peer --dtype bfloat16 --compile
 """
 import argparse, json, math, statistics, sys, time
 from collections.abc import Callable
@@ -38,12 +39,15 @@ class Downsample(nn.Conv2d):
 class Upsample(nn.Conv2d):
   def forward(self, x:Tensor, emb:Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2.))
 
+PAPER = dict(out_channels=None, head_channels=0, norm_eps=1e-6, down_pad=0, freq_shift=1)
+
 class UNet(nn.Module):
-  """x (B,C,H,W), t (B,) in 1..T -> as x. The arguments are unet.py's; it knows no labels."""
+  """x (B,C,H,W), t (B,) in 1..T -> as x. The arguments are unet.py's, without labels; `others` must be the paper's."""
   def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2),
                num_res_blocks:int=2, attn_resolutions:tuple[int, ...]=(16,), dropout:float=0.1, image_size:int=32,
-               norm_groups:int=32, num_classes:int=0, seed:int=0):
+               norm_groups:int=32, num_classes:int=0, seed:int=0, **others):
     super().__init__()
+    if PAPER | others != PAPER or num_classes: raise ValueError("the peer knows the paper's network alone")
     emb, c, size, skips = 4*channels, channels, image_size, [channels]
     def level(c:int, o:int, size:int) -> list[nn.Module]:
       block = ResBlock(c, o, emb, norm_groups, dropout)
@@ -84,7 +88,10 @@ class UNet(nn.Module):
 
 # *** the two steps ***
 
-def steps(model:nn.Module, shape:tuple[int, ...], device:str, dtype:str, compiled:bool) -> tuple[Callable, Callable]:
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+def steps(model:nn.Module, shape:tuple[int, ...], device:str, dtype:str, layout:str,
+          compiled:bool) -> tuple[Callable, Callable]:
   """(Algorithm 1 with clipping, Adam and EMA; Algorithm 2, line 4): each a function that takes one step."""
   beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
   ab = (1-beta).cumprod(0)
@@ -92,10 +99,11 @@ def steps(model:nn.Module, shape:tuple[int, ...], device:str, dtype:str, compile
   tables = (ab.sqrt(), (1-ab).sqrt(), before.sqrt()*beta/(1-ab), (1-beta).sqrt()*(1-before)/(1-ab), beta.sqrt())
   a, b, c0, c1, sigma = (v.float().to(device)[:, None, None, None] for v in tables)
   low = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+  model.to(device, memory_format=LAYOUTS[layout])
   net, weights = torch.compile(model) if compiled else model, list(model.parameters())
-  adam, average = torch.optim.Adam(weights, 2e-4, fused=device == "cuda"), [p.detach().clone() for p in weights]
+  adam, average = torch.optim.Adam(weights, 2e-4, **{adam_of(device): True}), [p.detach().clone() for p in weights]
   T, x = torch.full(shape[:1], 1000, device=device), torch.randn(shape, device=device)
-  x = x.to(memory_format=torch.channels_last)
+  x = x.to(memory_format=LAYOUTS[layout])
   images = (x*64 + 128).clamp(0, 255).byte()
   def training():
     model.train()
@@ -113,6 +121,10 @@ def steps(model:nn.Module, shape:tuple[int, ...], device:str, dtype:str, compile
     x0 = ((x - b[T-1]*eps) / a[T-1]).clamp(-1, 1)
     return c0[T-1]*x0 + c1[T-1]*x + sigma[T-1]*torch.randn_like(x)
   return training, sampling
+
+def adam_of(device:str) -> str:
+  """Which of PyTorch's implementations of Adam takes the step."""
+  return "fused" if device == "cuda" else "foreach"
 
 def measure(once:Callable, device:str, repeats:int) -> tuple[float, float]:
   """Seconds of the first call, and the median of `repeats` after three more."""
@@ -133,19 +145,24 @@ def main():
   p.add_argument("--network", type=json.loads, default={}, help="arguments of UNet as JSON (the paper's CIFAR-10)")
   p.add_argument("--parameters", type=int, default=35_746_307, help="how many it must have")
   a = p.parse_args()
-  device, model = "cuda" if torch.cuda.is_available() else "cpu", UNet(**a.network)
-  count = sum(v.numel() for v in model.parameters())
-  if count != a.parameters: sys.exit(f"torch_peer.py: {count:,} parameters are not {a.parameters:,}")
+  device, cuda = ("cuda", True) if torch.cuda.is_available() else ("cpu", False)
   torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
   shape = (a.batch, a.network.get("in_channels", 3), *[a.network.get("image_size", 32)]*2)
-  training, sampling = steps(model.to(device, memory_format=torch.channels_last), shape, device, a.dtype, a.compile)
-  first, step = measure(training, device, a.repeats)
-  sample_first, sample_step = measure(sampling, device, a.repeats)
-  cuda = device == "cuda"
+  count = sum(v.numel() for v in UNet(**a.network).parameters())
+  if count != a.parameters: sys.exit(f"torch_peer.py: {count:,} parameters are not {a.parameters:,}")
+  def both(layout:str) -> list[tuple[float, float]]:
+    both_steps = steps(UNet(**a.network), shape, device, a.dtype, layout, a.compile)
+    return [measure(once, device, a.repeats) for once in both_steps]
+  found = {layout: both(layout) for layout in LAYOUTS}
+  layout, sample_layout = [min(LAYOUTS, key=lambda k: found[k][i][1]) for i in range(2)]
+  (first, step), (sample_first, sample_step) = found[layout][0], found[sample_layout][1]
   print(json.dumps(dict(
     torch=torch.__version__, device=torch.cuda.get_device_name() if cuda else device, batch=a.batch, dtype=a.dtype,
-    compiled=a.compile, parameters=count, first_step_s=first, step_s=step, train_images_per_s=a.batch/step,
+    compiled=a.compile, adam=adam_of(device), layout=layout, sample_layout=sample_layout, parameters=count,
+    first_step_s=first, step_s=step, train_images_per_s=a.batch/step,
     sample_first_step_s=sample_first, sample_step_s=sample_step, sample_images_per_s=a.batch/sample_step,
-    peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else 0)))
+    peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else 0,
+    step_s_by_layout={k: training[1] for k, (training, _) in found.items()},
+    sample_step_s_by_layout={k: sampling[1] for k, (_, sampling) in found.items()})))
 
 if __name__ == "__main__": main()

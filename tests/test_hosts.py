@@ -1,0 +1,182 @@
+"""Several processes: what they exchange, and that two of them draw, train and measure what one does."""
+import ctypes, importlib.util, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+import pytest
+from common import ROOT, close, random_model
+from tinygrad import Device, Tensor
+from tinygrad.helpers import DEV
+from engine import hosts
+from files import checkpoint
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+several = pytest.mark.skipif(not MPIRUN or not importlib.util.find_spec("mpi4py"), reason="needs mpi4py and mpirun")
+SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "", "--norm-groups",
+         "4", "--sample-every", "0", "--T", "50", "--no-class-conditional", "--min-snr", "0", "--dropout", "0.1"]
+
+def start(n, *command, cwd=ROOT):
+  launch = [MPIRUN, "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", n] if n > 1 else []
+  return subprocess.Popen([*map(str, (*launch, sys.executable, *command))], cwd=cwd, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+def run(n, *command, cwd=ROOT, fails=False):
+  program = start(n, *command, cwd=cwd)
+  said = program.communicate(timeout=300)[0]
+  assert (program.returncode != 0) == fails, said
+  return said
+
+def train(n, out, steps, *flags):
+  return run(n, "train.py", *SMALL, "--out", out, "--steps", steps, "--save-every", 20, *flags)
+
+def log(out): return [json.loads(line) for line in (out/"log.jsonl").read_text().splitlines()]
+def losses(out): return [line["loss"] for line in log(out) if "loss" in line]
+
+# *** what they exchange ***
+
+EXCHANGE = """
+import json, sys
+import numpy as np
+from tinygrad import Tensor
+from engine import hosts
+def main():
+  me, found = hosts.rank(), {"size": hosts.size()}
+  found["share"] = [hosts.share(6).start, hosts.share(6).stop]
+  found["gather"] = hosts.gather(np.arange(4.).reshape(2, 2) + 10 * me).tolist()
+  hosts.same(array := np.array([me, 5 + me], np.float32))
+  found["same"] = array.tolist()
+  for device in ("CPU", "PYTHON"):
+    flat = Tensor(np.array([1, 2.5, -me], np.float32), device=device).contiguous().realize()
+    buffer = flat.uop.base.buffer
+    hosts.total(flat)
+    assert buffer is flat.uop.base.buffer
+    found[device] = flat.numpy().tolist()
+  print("the first alone speaks", flush=True)
+  open(f"{sys.argv[1]}/{me}", "w").write(json.dumps(found))
+hosts.run(main)
+"""
+
+@several
+def test_what_processes_exchange(tmp_path):
+  assert run(2, "-c", EXCHANGE, tmp_path).count("the first alone speaks") == 1
+  for me in (0, 1):
+    found = json.loads((tmp_path/str(me)).read_text())
+    assert found == {"size": 2, "share": [3 * me, 3 * me + 3], "gather": [[0, 1, 10, 11], [2, 3, 12, 13]],
+                     "same": [0, 5], "CPU": [2, 5, -1], "PYTHON": [2, 5, -1]}
+
+def test_a_device_of_cuda_is_summed_where_it_is(monkeypatch):
+  """With the processor's memory for CUDA's: MPI gets its address, and no copy is made."""
+  there, given = np.array([1, 2, 3], np.float32), []
+  buffer = SimpleNamespace(device="CUDA:1", size=3, _buf=SimpleNamespace(value=there.ctypes.data))
+  world = SimpleNamespace(Allreduce=lambda how, what: given.append(what.__cuda_array_interface__))
+  monkeypatch.setattr(hosts, "mpi", lambda: SimpleNamespace(__file__="", COMM_WORLD=world, IN_PLACE=None))
+  monkeypatch.setattr(hosts, "Device", {"CUDA:1": SimpleNamespace(synchronize=lambda: given.append("waited"))})
+  monkeypatch.setattr(hosts, "ctypes", SimpleNamespace(CDLL=lambda path: SimpleNamespace(MPIX_Query_cuda_support=lambda: 1)))
+  hosts.total(SimpleNamespace(uop=SimpleNamespace(base=SimpleNamespace(buffer=buffer))))
+  assert given[0] == "waited" and len(given) == 2
+  seen = np.ctypeslib.as_array((ctypes.c_float * 3).from_address(given[1]["data"][0]))
+  assert (seen == there).all() and given[1]["shape"] == (3,) and np.dtype(given[1]["typestr"]) == np.float32
+
+def test_alone_nothing_is_imported(monkeypatch):
+  code = "import sys; from engine import hosts; assert hosts.rank() == 0 and hosts.size() == 1; assert 'mpi4py' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+  values = np.arange(3)
+  hosts.same(values)
+  assert hosts.gather(values) is values and hosts.share(7) == slice(0, 7)
+  with pytest.raises(ValueError, match="8 .* 1 processes x 3 parts"): hosts.share(8, 3)
+
+@pytest.mark.parametrize("variable", ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
+def test_a_missing_or_another_mpi_is_one_sentence(variable, monkeypatch):
+  for kind, word in ((None, "requirements-mpi.txt"), (SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1)), "4 processes MPI sees 1")):
+    monkeypatch.setitem(sys.modules, "mpi4py", kind and SimpleNamespace(MPI=kind))
+    monkeypatch.setenv(variable, "4")
+    hosts.mpi.cache_clear()
+    with pytest.raises(RuntimeError, match=word): hosts.mpi()
+  monkeypatch.undo()
+  hosts.mpi.cache_clear()
+
+def test_each_process_of_a_host_has_a_device(monkeypatch):
+  before = DEV.value
+  for me, count, name in ((0, 4, "PYTHON"), (3, 4, "PYTHON:3"), (3, 2, "PYTHON:1"), (5, 1, "PYTHON")):
+    DEV.value = "PYTHON"
+    world = SimpleNamespace(Split_type=lambda kind, me=me: SimpleNamespace(rank=me))
+    monkeypatch.setattr(hosts, "mpi", lambda world=world: SimpleNamespace(COMM_WORLD=world, COMM_TYPE_SHARED=0))
+    monkeypatch.setattr(Device["PYTHON"], "count", lambda count=count: count, raising=False)
+    try:
+      hosts.take_device("PYTHON")
+      assert Device.DEFAULT == name and Tensor([1.0]).device == name and (Tensor([1.0]) + 1).item() == 2
+    finally: DEV.value = before
+
+# *** the programs ***
+
+@several
+def test_training_and_going_on_with_another_number(tmp_path):
+  train(1, tmp_path/"one", 40)
+  train(2, tmp_path/"two", 40, "--accum", 2)
+  for begun, then in ((2, 1), (1, 2)):
+    out = tmp_path/f"{begun}{then}"
+    train(begun, out, 20)
+    assert f"processes from {begun} to {then}, sums in another order" in train(then, out, 40)
+    assert [line["note"] for line in log(out) if "note" in line][0].startswith(f"processes from {begun} to {then}")
+  shutil.rmtree(tmp_path/"two"/".lock", ignore_errors=True)
+  want = losses(tmp_path/"one")
+  assert len(want) == 40 and max(want) > min(want) + 0.05
+  for name in ("two", "21", "12"): close(losses(tmp_path/name), want, rtol=0, atol=1e-5, err_msg=name)
+  assert {f.name for f in (tmp_path/"two").iterdir()} == {f.name for f in (tmp_path/"one").iterdir()}
+  text = run(3, "train.py", *SMALL, "--out", tmp_path/"one", "--restart", fails=True)
+  assert text.count("a batch of 8 is no multiple of 3 processes x 1 parts") == 1 and losses(tmp_path/"one") == want
+
+@several
+@pytest.mark.parametrize("how", ("killed", "stopped"))
+def test_a_process_that_ends_ends_all_and_the_run_goes_on(tmp_path, how):
+  program, until = start(2, "train.py", *SMALL, "--out", tmp_path, "--steps", 100_000, "--save-every", 5), time.time() + 200
+  while not (tmp_path/"last.safetensors").exists() and time.time() < until: time.sleep(0.05)
+  children = [p.name for p in Path("/proc").glob("[0-9]*") if parent(p) == program.pid]
+  assert len(children) == 2
+  os.kill(int(max(children, key=int)), signal.SIGKILL if how == "killed" else signal.SIGTERM)
+  begun = time.time()
+  said = program.communicate(timeout=60)[0]
+  assert program.returncode != 0 and time.time() - begun < 10
+  step = max(line["step"] for line in log(tmp_path))
+  if how == "stopped": assert f"stopped at step {step} and saved" in said
+  text = train(1, tmp_path, step + 3)
+  assert losses(tmp_path) and log(tmp_path)[-1]["step"] == step + 3 and "from step" in text
+
+def parent(process):
+  try: return int((process/"stat").read_text().rsplit(")", 1)[1].split()[1])
+  except OSError: return 0
+
+@several
+@pytest.mark.parametrize("who", ("me == 1", "True"))
+def test_the_sentence_of_a_process_that_fails(who):
+  code = f"""
+import numpy as np
+from engine import hosts
+def main():
+  me = hosts.rank()
+  if {who}: raise ValueError("no such thing")
+  hosts.gather(np.zeros(1))
+hosts.run(main)"""
+  begun = time.time()
+  said = run(2, "-c", code, fails=True)
+  assert said.count("no such thing") == 1 and "Traceback" not in said and time.time() - begun < 20
+
+@several
+def test_drawing_and_measuring(tmp_path):
+  checkpoint.save(tmp_path/"a.safetensors", random_model(num_classes=2, image_size=16, attn_resolutions=()),
+                  {"ddpm": {"T": 4, "beta_T": 0.5}, "dataset": "glyphs"})
+  for n in (1, 2):
+    flags = ["--checkpoint", tmp_path/"a.safetensors", "--batch", 3]
+    run(n, "sample.py", *flags, "--n", 17, "--npz", tmp_path/f"{n}.npz", "--out", tmp_path/f"{n}.png", "--png", tmp_path/f"{n}")
+    run(n, "evaluate.py", *flags, "--n", 10, "--samples-t", 2, "--naive", 3, "--ode", 2, "--json", tmp_path/f"{n}.json")
+  for name in ("{}.npz", "{}.png", "{}/000000.png", "{}/000016.png"):
+    assert (tmp_path/name.format(1)).read_bytes() == (tmp_path/name.format(2)).read_bytes(), name
+  assert not list(tmp_path.glob("*.parts")) and len(os.listdir(tmp_path/"2")) == 17
+  same(*(json.loads((tmp_path/f"{n}.json").read_text()) for n in (1, 2)))
+
+def same(a, b):
+  if isinstance(a, dict):
+    assert a.keys() == b.keys()
+    for k in a: same(a[k], b[k])
+  elif isinstance(a, str) or a is None: assert a == b
+  else: close(a, b, rtol=1e-6, atol=1e-6)
