@@ -245,8 +245,8 @@ def test_raw_weights_and_the_newest_run(command, tmp_path):
 
 @pytest.mark.parametrize("line", (
   "--n 0", "--n x", "--n", "--steps 0", "--seed -1", "--batch 0", "--eta 0.5", "--guidance -1", "--dtype float64",
-  "--sampler ddim --eta 1.5", "--sampler nothing", "--class 0 --guidance nan", "--class 0 --classes", "--out /proc/version/a",
-  "--npz /proc/version/a.npz", "--gif /proc/version/a.gif", "--unknown", "image.png"))
+  "--sampler ddim --eta 1.5", "--sampler nothing", "--class 0 --guidance nan", "--class 0 --classes",
+  "--out /proc/version/a.png", "--npz /proc/version/a.npz", "--gif /proc/version/a.gif", "--unknown", "image.png"))
 def test_wrong_arguments_are_one_sentence(command, line):
   refused(lambda: command(line))
   assert not command.loaded

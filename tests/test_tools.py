@@ -81,11 +81,43 @@ def test_a_step_is_compiled_for_a_card_that_is_not_here(tmp_path):
     assert step["tensor_core_share"] > 0.9 and step["spill_bytes"] == step["copies"] == 0
     assert 16 < step["registers_max"] <= 255
     assert step["distinct_kernels"] < step["kernels"] and step["flop_per_byte_loaded"] > 4
-    assert step["roofline_s"] >= max(step["gflop"] / 989e3, step["gigabytes_moved"] / 3350)  # the data sheet's rates
+    # the data sheet's rates; a thread's share of a product of 16 x 16 and 16 x 8 numbers is twelve, in loads of two bytes
+    assert step["pipes_s"] >= step["roofline_s"] >= max(step["gflop"] / 989e3, step["gigabytes_moved"] / 3350)
+    assert step["pipes_s"] == pytest.approx(sum(step["pipes"].values()))
+    assert 1/2 < step["loads_per_tensor_instruction"] <= 12
   # the network's products, counted from their shapes, are nearly all of the work
   model = unet.UNet(**bench.chosen(bench.flags("", "").parse_args(flags[:6]))[1])
   needed = bench.forward_flops(model, (16, 1, 16, 16)) / 1e9
   assert 1 < out["sampling"]["gflop"] / needed < 1.1 and 1 < out["gflop"] / (3*needed) < 1.25
+
+CODE = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E R3, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/                   LDG.E.U16 R3, desc[UR4][R2.64] ;
+        /*0030*/              @!P1 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0040*/                   PRMT R3, R3, 0x5410, R4 ;
+        /*0050*/                   IMAD.WIDE R2, R5, 0x2, R2 ;
+        /*0060*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0080*/               @P0 BRA `(.L_x_1) ;
+        /*0090*/              @!P0 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+.L_x_2:
+        /*00b0*/                   BRA `(.L_x_2);
+"""
+
+def test_the_pipes_of_an_inner_loop():
+  """Of two loops, one in the other, by hand: seven instructions, loads of 2 and of 16 bytes a thread."""
+  loop = target.innermost(CODE)
+  assert [i.split(".")[0] for i in loop] == ["LDG", "LDG", "PRMT", "IMAD", "HMMA", "HMMA", "BRA"]
+  busy = target.clocks(loop, target.CARDS["sm_90"], target.CARDS["sm_90"].tensor_16)
+  assert busy.pop("tensor") == pytest.approx(2, rel=1e-3)  # 4096 operations a clock: 16 x 8 x 16 products and sums
+  assert busy == {"load": 1 + 4, "integer": 1/2, "multiply": 1/2, "issue": 7/4}
+  assert target.tensor_flop("HMMA.1688.F32.TF32") == 2*16*8*8 and target.tensor_flop("FFMA") == 0
+  straight = CODE[:CODE.index(".L_x_0")] + CODE[CODE.index("        /*0060"):CODE.index("        /*0080")]
+  assert len(target.innermost(straight)) == 3 and target.innermost("") == []
 
 @pytest.mark.parametrize("device", ("CUDA:sm_1", "TPU", "METAL:M1"))
 def test_targets_that_cannot_be_compiled_for(device):

@@ -1,5 +1,5 @@
 """Appendix B: the network and its operations, plain (unet.py's own) and fast (fast/), against float64 by hand."""
-import contextlib, functools, json
+import functools, json
 import numpy as np
 import pytest
 import unet
@@ -10,7 +10,7 @@ from tinygrad import Context, Tensor, nn
 
 @pytest.fixture(params=["plain", "fast"])
 def way(request):
-  with scope() if request.param == "fast" else contextlib.nullcontext(): yield request.param
+  with scope() if request.param == "fast" else Context(NOOPT=1): yield request.param  # NOOPT: compiled sooner
 
 def test_the_quick_operations_run_inside_of_the_scope_alone(monkeypatch):
   monkeypatch.setattr(cpu, "linear", lambda *args: "quick")

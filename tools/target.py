@@ -4,8 +4,7 @@ is executed. It needs NVIDIA's compiler, but no card: pip install -r requirement
   python -m tools.target --preset cifar10 --batch 128 --dtype bfloat16 --device CUDA:sm_90 --json
 """
 from __future__ import annotations
-import collections, concurrent.futures, dataclasses, functools, importlib.util, json, math, os, re, subprocess, sys
-import tempfile, time
+import concurrent.futures, dataclasses, functools, importlib.util, json, math, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import NamedTuple
 from tinygrad import Device, GlobalCounters, helpers
@@ -28,10 +27,10 @@ class Card(NamedTuple):
 CARDS = {"sm_90": Card(989e12, 494e12, 67e12, 3.35e12, 132, 1.83e9),
          "sm_80": Card(312e12, 156e12, 19.5e12, 2.04e12, 108, 1.41e9)}
 # How many clocks an instruction of a warp, 32 threads, keeps a pipe of a multiprocessor busy. There are 32 units that
-# load and store; 64 lanes of integer arithmetic, 64 that multiply integers; and four instructions are issued a clock.
-# (NVIDIA: H100 whitepaper, A100 whitepaper; CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions")
-PIPES = {"load": (r"(LD|ST)([GSL]|SM)?\b|ATOM|RED|SHFL", 1.), "integer": (r"IADD|VIADD|LOP|LEA|SHF\b|ISETP|PRMT|SEL", 1/2),
-         "multiply": (r"IMAD", 1/2), "issue": (r"", 1/4)}
+# load and store, 64 lanes of integer arithmetic, 64 that multiply integers; four instructions are issued in a clock.
+# (NVIDIA's whitepapers of both cards; CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions")
+PIPES = {"load": (re.compile(r"(LD|ST)([GSL]|SM)?\b|ATOM|RED|SHFL"), 1.), "multiply": (re.compile("IMAD"), 1/2),
+         "integer": (re.compile(r"V?IADD|LOP|LEA|SHF\b|ISETP|PRMT|SEL"), 1/2), "issue": (re.compile(""), 1/4)}
 
 def open_target(device:str, tf32:bool) -> tuple[str, Path]:
   """Makes tinygrad's NULL device, which compiles and runs nothing, compile for CUDA: (architecture, NVIDIA's programs).
@@ -77,8 +76,9 @@ def assembled(program:UOp, arch:str, programs:Path) -> Assembled:
 INSTRUCTION = re.compile(r"(?:@!?U?P\w+ +)?([A-Z]\w*(?:\.\w+)*)(.*);$")
 
 def innermost(code:str) -> list[str]:
-  """The instructions of the loop with the largest share of tensor instructions; of all the code, if no loop has some."""
-  made, labels = [], {}
+  """The instructions of the loop with the largest share of tensor instructions; all, if no loop has one."""
+  made:list[str] = []
+  labels:dict[str, int] = {}
   loops = [made]
   for line in code.splitlines():
     line = re.sub(r"/\*.*?\*/", "", line).strip()
@@ -96,49 +96,53 @@ def tensor_flop(instruction:str) -> int:
 
 def clocks(loop:list[str], card:Card, tensor:float) -> dict[str, float]:
   """How long a warp's pass through the loop keeps each pipe of a multiprocessor busy."""
-  def width(instruction:str) -> float:  # 128 bytes a clock: four bytes for each thread
-    return 4. if ".128" in instruction else 2. if ".64" in instruction else 1.
-  busy = {name: each * sum(width(i) if name == "load" else 1 for i in loop if re.match(pattern, i))
-          for name, (pattern, each) in PIPES.items()}
-  return busy | {"tensor": sum(map(tensor_flop, loop)) * card.processors * card.clock / tensor}
+  def width(instruction:str) -> int:  # in 128 bytes, four for each thread: what is loaded in a clock
+    return 4 if ".128" in instruction else 2 if ".64" in instruction else 1
+  busy = {"tensor": sum(map(tensor_flop, loop)) * card.processors * card.clock / tensor}
+  for name, (pattern, each) in PIPES.items():
+    busy[name] = each * sum(width(i) if name == "load" else 1 for i in loop if pattern.match(i))
+  return busy
 
 def count(once:Step, arch:str, programs:Path, dtype:str) -> dict:
-  """What the kernels of a step are, from the compiled kernels themselves.
+  """What the kernels of a step are, from the compiled kernels themselves. Two of the numbers are times that a card with
+  the data sheet's rates cannot beat. roofline_s: of each kernel its arithmetic or its bytes, whichever takes longer.
+  pipes_s: the same, but of a kernel on tensor cores the time of the pipe that its innermost loop keeps busy the
+  longest, on the multiprocessor with the most blocks, if that is longer. pipes says which one it was.
 
-  Two times that no card can beat. roofline_s: of each kernel its arithmetic or its bytes by the data sheet, whichever
-  takes longer. pipes_s: besides, of a kernel on tensor cores the pipe that its innermost loop keeps busy the longest,
-  on the multiprocessor with the most blocks. Left out: waiting (latency, too few warps, barriers), loads of a warp that
-  lie apart, caches that miss, all outside of the innermost loop, launches; and that HMMA is slower than the data
-  sheet's rate on Hopper, which takes other instructions (Luo et al., arXiv:2402.13499)."""
+  Both leave out waiting (latency, too few warps, barriers), loads of a warp that lie apart, caches that miss, all code
+  outside of the innermost loop, and launches; and that Hopper's tensor cores reach the data sheet's rate by other
+  instructions than HMMA alone (Luo et al., arXiv:2402.13499)."""
   start = time.perf_counter()
   graphs = once()
   seconds, card = time.perf_counter() - start, CARDS[arch]
   made, copies = kernels(graphs), sum(c.src[0].op is Ops.COPY for c in calls(graphs))
   distinct = {source(program): program for program in made}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    codes = dict(zip(distinct, pool.map(functools.partial(assembled, arch=arch, programs=programs), distinct.values())))
-  tensor, sums, slowest = card.tensor_32 if dtype == "float32" else card.tensor_16, collections.Counter(), \
-    collections.Counter()
+    found = pool.map(functools.partial(assembled, arch=arch, programs=programs), distinct.values())
+    codes = dict(zip(distinct, found))
+  tensor = card.tensor_32 if dtype == "float32" else card.tensor_16
+  flop = moved = roofline = on_cores = loaded = loads = products = 0.
+  slowest:dict[str, float] = {}
   for program in made:
     e, loop = program.src[0].arg.estimates, codes[source(program)].loop
-    flop, moved, flop_each = whole(e.ops), whole(e.mem), sum(map(tensor_flop, loop))
-    times = {"memory": moved / card.bandwidth, "tensor" if loop else "arithmetic": flop / (tensor if loop else card.plain)}
-    sums.update(flop=flop, moved=moved, roofline=max(times.values()))
+    own, times = whole(e.ops), {"memory": whole(e.mem) / card.bandwidth}
+    if loop: times["tensor"] = own / tensor
+    else: times["arithmetic"] = own / card.plain
+    flop, moved, roofline = flop + own, moved + whole(e.mem), roofline + max(times.values())
     if loop:
-      passes, blocks = flop / flop_each, math.prod(program.arg.global_size)
-      in_turn = math.ceil(blocks / card.processors) / blocks  # the share of one multiprocessor
-      times |= {name: n * passes * in_turn / card.clock for name, n in clocks(loop, card, tensor).items()}
-      sums.update(on_cores=flop, loaded=whole(e.lds), loads=passes * sum(bool(re.match(PIPES["load"][0], i)) for i in loop),
-                  products=passes * sum(tensor_flop(i) > 0 for i in loop))
+      passes, blocks = own / sum(map(tensor_flop, loop)), math.prod(program.arg.global_size)
+      on_one = passes * math.ceil(blocks / card.processors) / blocks
+      for name, n in clocks(loop, card, tensor).items(): times[name] = n * on_one / card.clock
+      on_cores, loaded = on_cores + own, loaded + whole(e.lds)
+      loads += passes * sum(PIPES["load"][0].match(i) is not None for i in loop)
+      products += passes * sum(tensor_flop(i) > 0 for i in loop)
     pipe = max(times, key=times.__getitem__)
-    slowest[pipe] += times[pipe]
-  return dict(kernels=len(made), distinct_kernels=len(distinct), copies=copies, gflop=sums["flop"]/1e9,
-              tensor_core_share=sums["on_cores"]/sums["flop"], gigabytes_moved=sums["moved"]/1e9,
-              flop_per_byte_loaded=sums["on_cores"]/max(1, sums["loaded"]),
+    slowest[pipe] = slowest.get(pipe, 0) + times[pipe]
+  return dict(kernels=len(made), distinct_kernels=len(distinct), copies=copies, gflop=flop/1e9,
+              tensor_core_share=on_cores/flop, gigabytes_moved=moved/1e9, flop_per_byte_loaded=on_cores/max(1, loaded),
               registers_max=max(code.registers for code in codes.values()),
-              spill_bytes=sum(code.spilled for code in codes.values()), compile_s=seconds, roofline_s=sums["roofline"],
-              pipes_s=slowest.total(), pipes=dict(slowest.most_common()),
-              loads_per_tensor_instruction=sums["loads"]/max(1, sums["products"]))
+              spill_bytes=sum(code.spilled for code in codes.values()), compile_s=seconds, roofline_s=roofline,
+              pipes_s=sum(slowest.values()), pipes=slowest, loads_per_tensor_instruction=loads/max(1, products))
 
 def main(argv:list[str]|None=None):
   p = flags("target.py", __doc__)
