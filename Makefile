@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python3.14; 
 PY = .venv/bin/python
 INSTALL = $(PY) -m pip install -qq --disable-pip-version-check -r
 
-.PHONY: train sample evaluate bench gpu-report test lint table2 gallery setup clean
+.PHONY: train sample evaluate bench gpu-report backends test lint table2 gallery setup clean
 train: setup
 	@$(PY) train.py --dataset $(DATASET) $(ARGS)
 sample: setup
@@ -19,6 +19,8 @@ bench: setup
 	@$(PY) -m tools.bench $(ARGS)
 gpu-report: setup .venv/pytest
 	@$(PY) -m tools.report $(ARGS)
+backends: setup .venv/pytest
+	@$(PY) -m tools.backends $(ARGS)
 test: setup .venv/pytest
 	@POCL_EXTRA_BUILD_FLAGS=-w $(PY) -m pytest -q -n 2 $(ARGS)
 lint: .venv/pytest

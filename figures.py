@@ -88,7 +88,7 @@ def figure_7(a:argparse.Namespace):
   m, k = Model(a, 1), a.k
   near = [min(m.times[:-1], key=lambda t: abs(t - m.ddpm.T * q / 4)) for q in (4, 3, 2, 1)]
   levels, x_T = sorted(set(near), reverse=True), sample.draw_x_T(m.n, m.shape, a.seed).numpy()
-  latents = m.draw(x_T, m.labels, m.times, keep=levels) | {levels[0]: (x_T, x_T)}
+  latents = m.draw(x_T, m.labels, m.times, keep=levels[1:]) | {levels[0]: (x_T, x_T)}
   rows, copies, labels = [], np.arange(m.n * k), m.labels.repeat(k)
   for i, t in enumerate(levels):
     x_t, rest = latents[t][0], [s for s in m.times if s <= t]
@@ -100,9 +100,11 @@ def figure_7(a:argparse.Namespace):
 def figure_8(a:argparse.Namespace):
   """Figure 8: x_t, x'_t ~ q(x_t | x_0) of two images at t = --at, mixed and decoded. A row: x_0,
   λ = 0, 0.1 .. 1, x'_0. One noise makes x_t for all λ, and one is that of the decoding. (Section
-  4.3's text mixes x_0 where x_t is meant.)"""
+  4.3's text mixes x_0 where x_t is meant.) --ddim is not in the paper: DDIM's x_T of both."""
   m = Model(a, 4)
-  if not 1 <= a.at <= m.ddpm.T: raise ValueError(f"--at {a.at}: choose 1 to T = {m.ddpm.T}")
+  at = a.at or (m.ddpm.T if a.ddim else 500)
+  if at > m.ddpm.T: raise ValueError(f"--at {at}: choose 1 to T = {m.ddpm.T}")
+  if len(a.images or ()) % 2: raise ValueError("--images takes two files for each row")
   if a.images: images = editing.read(a.images, m.shape, m.meta.get("how") or {})
   else:
     found = sample.open_images(a, "test", m.path, m.net, m.meta)[1].images
@@ -111,9 +113,12 @@ def figure_8(a:argparse.Namespace):
   x0 = data.scaled(images)
   n, lam = len(x0) // 2, np.linspace(0, 1, 11, dtype=np.float32).reshape(-1, 1, 1, 1)
   eps = normals([stream(a.seed, "latents", i) for i in range(2 * n)], m.shape)
-  x_t = m.ddpm.q_sample(Tensor(x0), a.at, Tensor(eps)).numpy().reshape(n, 2, 1, *m.shape)
+  x_t = m.ddpm.q_sample(Tensor(x0), at, Tensor(eps)).numpy().reshape(n, 2, 1, *m.shape)
   mixed = (1 - lam) * x_t[:, 0] + lam * x_t[:, 1]          # x̄ₜ = (1−λ) xₜ + λ x′ₜ
-  none, times = np.full(11 * n, m.classes, np.int32), [a.at, *(t for t in m.times if t < a.at)]
+  none, times = np.full(11 * n, m.classes, np.int32), [at, *(t for t in m.times if t < at)]
+  if a.ddim:
+    ddim, labelled = sample.SAMPLERS["ddim"], guidance.labelling(m.net, 1)
+    mixed, m.draw = editing.between(m.ddpm, ddim, labelled, x0, none, times, lam, a.batch)
   x_0 = m.draw(mixed.reshape(-1, *m.shape), none, times, index=np.arange(n).repeat(11))[0][0]
   ends = x0.reshape(n, 2, 1, *m.shape)
   m.save(a, np.concatenate([ends[:, 0], x_0.reshape(n, 11, *m.shape), ends[:, 1]], 1), 13)
@@ -141,7 +146,8 @@ def main(argv:list[str]|None=None):
   add("--n", type=number(int, 1), help="rows, or images that are measured")
   add("--steps", type=number(int, 1), help="of sampling (default: T); table2: of training")
   add("--k", type=number(int, 1, 100), default=7, help="7: images from one latent x_t (7)")
-  add("--at", type=number(int, 1), default=500, help="8: the time of the latents (500)")
+  add("--at", type=number(int, 1), help="8: the time of the latents (500; with --ddim T)")
+  add("--ddim", action="store_true", help="8: along DDIM's latents, without noise")
   add("--images", nargs="+", metavar="FILE", help="8: two for each row, else test images")
   add("--dataset", help="default: the checkpoint's; table2: glyphs")
   add("--data-dir", help="where the dataset's files are")

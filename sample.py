@@ -12,7 +12,7 @@ import argparse, functools, inspect, math, os, sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Tensor
 import data
 from ddpm import DDPM
 from engine import hosts
@@ -73,12 +73,12 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   if len(index) != len(x_T): raise ValueError(f"{len(index)} indices for {len(x_T)} images")
   rngs = [stream(seed, "z", i) for i in index]
   key = (ddpm, id(model), *times, clip, moves, *options.items(), start.shape, start.device)
-  step = [on_device(move, chain, model, clip, jits, (*key, made.index(move))) for move in made]
+  step = {m: on_device(m, chain, model, clip, jits, (*key, i)) for i, m in enumerate(made)}
   def loop(x_t:Tensor) -> Visits:                  # 1: x_T ~ N(0, I)
     for t in range(chain.T, last - 1, -1):         # 2: for t = T, ..., 1 do
-      for move in step:
+      for move in made:
         z = normals(rngs, x_t.shape[1:]) if noisy else None  # 3: z ~ N(0, I), unused at t = 1
-        x_t, x0_hat = move(x_t, t, z)              # 4: xₜ₋₁ = 1/√αₜ (xₜ − βₜ/√(1−ᾱₜ) ε_θ) + σₜ z
+        x_t, x0_hat = step[move](x_t, t, z)        # 4: xₜ₋₁ = 1/√αₜ (xₜ − βₜ/√(1−ᾱₜ) ε_θ) + σₜ z
       if t == 1: x_t = x0_hat
       yield int(chain.times[t - 1]), x_t, x0_hat   # 5: end for
   return loop(start)                               # 6: return x_0
@@ -207,9 +207,9 @@ def main(argv:list[str]|None=None):
     movie = [x[:n - start] for x in (x_T, *(out[t][0] for t in sorted(out, reverse=True)))]
     return data.unscaled(movie[-1], meta.get("limits")), np.stack([*map(data.to_uint8, movie)])
   facts = {k: v for k, v in vars(a).items() if k not in ("checkpoint", "batch", "out", "npz")}
-  key = parts.key(net, meta, labels, size, Device.DEFAULT.split(":")[0], facts)
-  place = Path(f"{a.npz or a.png or a.out}.{key}.parts")
-  with parts.kept(place, a.png, range(a.first, a.first + n), hosts.rank() == 0), claim(place):
+  place = parts.place(a.npz or a.png or a.out, net, meta, labels, size, facts)
+  if hosts.rank() == 0: parts.check(place, a.png, range(a.first, a.first + n))
+  with claim(place), parts.kept(place, hosts.rank() == 0):
     starts = range(0, n, size)
     hosts.same(missing := parts.missing(place, starts))
     for start in np.array(starts)[missing][hosts.rank()::hosts.size()]:

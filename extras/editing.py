@@ -29,9 +29,9 @@ def inpaint(ddpm:DDPM, chain:DDPM, x0:Tensor, drawn:Tensor, resample:int=0) -> M
   x0 (1, C, H, W): an image; drawn (1, 1, H, W), bool: the pixels to draw, the others are kept. At each t > 1 the step
   is taken and undone `resample` times before it stands. One step alone knows what is kept only through its noise; the
   more there are, the nearer the drawn pixels come to their law given the kept ones."""
-  kept = dict(x0=x0, drawn=drawn)
-  pair = [functools.partial(inpaint_move, least=2, **kept), step_back]
-  return [*pair * resample, functools.partial(inpaint_move, least=1, **kept)], True
+  undone, step = [functools.partial(inpaint_move, x0=x0, drawn=drawn, least=least) for least in (2, 1)]
+  pair:list[Callable] = [undone, step_back]
+  return [*pair * resample, step], True
 
 def inpaint_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool, x0:Tensor, drawn:Tensor, least:int):
   """x_{t-1}: drawn pixels of p_θ(x_{t-1} | x_t), kept ones of q(x_{t-1} | x_0), Eq. 4: x_0 itself at t = 1. Below the
@@ -46,7 +46,7 @@ def step_back(d:DDPM, model:Callable, x:Tensor, t:Tensor, z:Tensor, clip:bool):
 
 # *** DDIM's latents ***
 
-def ddim_encode(ddpm:DDPM, model:Callable, x0:Tensor, times:Sequence[int], rounds:int=3,
+def ddim_encode(ddpm:DDPM, model:Callable, x0:Tensor, times:Sequence[int], rounds:int=2,
                 jits:dict|None=None) -> Tensor:
   """The x_t from which DDIM (η = 0, unclipped) draws x_0 along times = [t, ..., 0]: Song, Meng, Ermon 2021
   (arXiv:2010.02502), Section 4.3.
@@ -61,17 +61,32 @@ def ddim_encode(ddpm:DDPM, model:Callable, x0:Tensor, times:Sequence[int], round
     start = before - chain.at(chain.sqrt_noise, t - 1, x_t) * eps
     return (at_time(chain, start / chain.at(chain.sqrt_alpha_bar, t - 1, x_t), eps, t),)
   up = captured(step, jits, ("encode", ddpm, id(model), tuple(times), x0.shape, x0.device))
-  x = x0.float().clone().realize()
+  x_t = x0.float()
   for t in progress(range(1, chain.T + 1), "encoding", chain.T):
-    before, time = x, placed(np.full(x.shape[0], t, np.int32), x.device)
-    for _ in range(rounds): x = up(x, before, time)[0].clone().realize()
-  return x
+    before, x_t = x_t.clone().realize(), x_t.clone().realize()  # a captured step takes no tensor twice
+    time = placed(np.full(x0.shape[0], t, np.int32), str(x_t.device))
+    for _ in range(rounds): x_t = up(x_t, before, time)[0].clone().realize()
+  return x_t
+
+def encode_all(ddpm:DDPM, labelled:Callable, x0:np.ndarray, labels:np.ndarray, times:list[int], most:int) -> np.ndarray:
+  """`ddim_encode` for images x0 (N, C, H, W) with their labels, at most `most` at once; labelled: see `drawing`."""
+  jits:dict = {}
+  parts = [slice(i, i + most) for i in range(0, len(x0), most)]
+  return np.concatenate([
+    ddim_encode(ddpm, labelled(labels[i]), Tensor(x0[i]), times, jits=jits).numpy() for i in parts])
+
+def between(ddpm:DDPM, ddim:Callable, labelled:Callable, x0:np.ndarray, labels:np.ndarray, times:list[int],
+            mix:np.ndarray, most:int) -> tuple[np.ndarray, Callable]:
+  """DDIM's latents of the pairs x0 (2 n, C, H, W), mixed, (n, λ, C, H, W), and the `drawing` that decodes them: what
+  Figure 8 becomes without noise. ddim: the sampler; labels: of n λ images."""
+  x = encode_all(ddpm, labelled, x0, labels[:len(x0)], times, most).reshape(-1, 2, 1, *x0.shape[1:])
+  return spherical(x[:, 0], x[:, 1], mix), drawing(functools.partial(ddim, ddpm, clip=False, jits={}), labelled, most)
 
 def spherical(a:np.ndarray, b:np.ndarray, mix:np.ndarray) -> np.ndarray:
   """(sin((1−λ)θ) a + sin(λθ) b)/sin θ, with θ the angle between a and b: from latents (..., C, H, W) to others, which
   have their length all the way (DDIM, Appendix D.5)."""
-  dot, length = lambda u, v: (u * v).sum((-3, -2, -1), keepdims=True), 1e-30
-  cosine = dot(a, b) / np.maximum(np.sqrt(dot(a, a) * dot(b, b)), length)
+  dot = lambda u, v: (u * v).sum((-3, -2, -1), keepdims=True)
+  cosine = dot(a, b) / np.maximum(np.sqrt(dot(a, a) * dot(b, b)), 1e-30)
   angle = np.arccos(cosine.astype(np.float64).clip(-1, 1)).clip(1e-6, np.pi - 1e-6)
   return ((np.sin((1 - mix) * angle) * a + np.sin(mix * angle) * b) / np.sin(angle)).astype(np.float32)
 
@@ -92,14 +107,16 @@ def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tup
       warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
       found, multiple = measure(f), how.get("multiple", 1)
       cut = how.get("size") is None and [side // multiple * multiple for side in found.shape] == size
-      to = plan([found.shape], None if cut else (size[0], size[1]), multiple, how.get("fit", "crop"))
-      span, words = brightness([found.depth] if found.depth else [])
+      asked_size = None if cut else (size[0], size[1])
+      to = plan([found.shape], asked_size, multiple, how.get("fit", "crop"))
+      span, words = brightness([d for d in [found.depth] if d])
       f.seek(0)
       x, _ = decode(to._replace(gray=C == 1, span=span), f)
   except Exception as e:  # Pillow raises nearly anything on a damaged file
     raise ValueError(f"{path} cannot be read as an image: {reason(e)}") from e
   said = [text.removeprefix("1 of 1 images ") for text in (*to.said, *words)]
-  if found.gray != (C == 1): said.append("made gray" if C == 1 else "gray in three equal channels")
+  if C == 1 and not found.gray: said.append("made gray")
+  if C == 3 and found.gray: said.append("gray in three equal channels")
   if said: print(f"{path}: {', '.join(said)}", file=sys.stderr)
   return x, found.shape
 
@@ -148,6 +165,7 @@ def check(a:argparse.Namespace) -> argparse.Namespace:
     (same, f"--out would be written over {''.join(same[:1])}")):
     if wrong: raise ValueError(sentence)
   if given: a.n = a.n or 8
+  if a.resample is None: a.resample = 5
   if a.encode: a.n, a.sampler, a.no_clip = 1, "ddim", True
   return a
 
@@ -158,27 +176,28 @@ def edit(a:argparse.Namespace, ddpm:DDPM, sampler:Callable, labelled:Callable, s
   sampler and labelled: see `drawing`. labels: of the images that are drawn from each of those given."""
   if not asked(a): return False
   how = meta.get("how") or {}
-  photos, drawn = read_mask(a.mask, a.inpaint, shape, how) if a.inpaint else (read(asked(a), shape, how), None)
+  drawn = None
+  if a.inpaint: photos, drawn = read_mask(a.mask, a.inpaint, shape, how)
+  else: photos = read(asked(a), shape, how)
   repeats, labels = len(labels), np.tile(labels, len(photos))
   x0 = data.scaled(photos).repeat(repeats, 0)
   x = normals([stream(a.seed, "x_T", i) for i in range(len(x0))], shape)
   given = [photos]
   if drawn is not None:
-    sampler = functools.partial(sampler, moves=inpaint, x0=Tensor(x0[:1]).realize(), drawn=Tensor(drawn).realize(),
-                                resample=5 if a.resample is None else a.resample)
+    sampler = functools.partial(sampler, moves=inpaint, resample=a.resample, x0=Tensor(x0[:1]).realize(),
+                                drawn=Tensor(drawn).realize())
     given = [np.where(drawn, np.uint8(128), photos)]
   else:
     at = a.at or ddpm.T
     if at > ddpm.T: raise ValueError(f"--at {at}: choose 1 to T = {ddpm.T}")
     times = [at, *(t for t in times if t < at)]
     if a.encode:
-      jits:dict = {}
-      parts = [slice(i, i + a.batch) for i in range(0, len(x0), a.batch)]
-      x = np.concatenate([ddim_encode(ddpm, labelled(labels[i]), Tensor(x0[i]), times, jits=jits).numpy() for i in parts])
+      x = encode_all(ddpm, labelled, x0, labels, times, a.batch)
       given.append(data.to_uint8(x))
     else: x = ddpm.q_sample(Tensor(x0), at, Tensor(x)).numpy()
   x = drawing(sampler, labelled, a.batch)(x, labels, times)[0][0]
-  if a.npz: pictures.save_npz(a.npz, data.unscaled(x, meta.get("limits")), labels)
+  known = labels if a.classes or a.label is not None else None
+  if a.npz: pictures.save_npz(a.npz, data.unscaled(x, meta.get("limits")), known)
   rows = len(x) // a.n
   left = np.stack(given, 1).repeat(rows // len(photos), 0)
   images = np.concatenate([left, data.to_uint8(x).reshape(rows, a.n, *shape)], 1)

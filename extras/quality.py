@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 import data
 from engine.batches import choose, mean_error
+from engine.device import open_device
 from engine.streams import stream
 from engine.terminal import table
 from files import checkpoint
@@ -23,6 +24,9 @@ def contrast(name:str, images:np.ndarray, split:str="test", seed:int=0, data_dir
   if name == "inverted": return 255 - images
   if name == "shifted": return np.roll(images, (h // 4, w // 4), (2, 3))
   others = data.load(name, split, data_dir)[0]
+  if not {c, others.shape[1]} <= {1, 3} or others.dtype != np.uint8:
+    raise ValueError(f"{name} has {others.dtype} of {others.shape[1]} channels, these images {c}: only gray and colour "
+                     "of 8 bits can be told apart")
   pictures = [picture(others[i]).convert("L" if c == 1 else "RGB").resize((w, h), Image.Resampling.BICUBIC)
               for i in choose(len(others), n, seed, "other images")]
   return np.stack([np.asarray(x).reshape(h, w, c).transpose(2, 0, 1) for x in pictures])
@@ -30,7 +34,7 @@ def contrast(name:str, images:np.ndarray, split:str="test", seed:int=0, data_dir
 # *** the quality of samples ***
 
 def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int=0) -> float:
-  """How far two sets of images (n, C, H, W) uint8 are apart: 0 if alike, on the scale 0..255.
+  """How far two sets of images (n, C, H, W) are apart: 0 if alike, on the scale of their values.
 
   √ of the mean of W₂² over random directions and dimensions (Bonneel et al. 2015): along a direction both sets are
   numbers, and W₂ compares their sorted values, here 500 quantiles of each. It sees pixels, not meaning: FID, by tools
@@ -45,18 +49,27 @@ def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int
 def compare_samples(a:argparse.Namespace):
   """--samples at the terminal: their distance to the images, and that of as many training images.
 
-  a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint."""
-  samples = data.read(a.samples).images[:a.n]
-  name = a.dataset or checkpoint.load(checkpoint.find(a.checkpoint))[1].get("dataset")
-  if not name: raise ValueError("the checkpoint does not name its images: say which by --dataset")
-  size = {} if name in data.DATASETS else {"size": samples.shape[2:]}
-  images, real = (data.read(name, split, a.data_dir, **size).images for split in (a.split, "train"))
+  a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint, read as for training."""
+  made, meta = data.read(a.samples), {}
+  if not a.dataset:
+    open_device(a.tf32)
+    meta = checkpoint.load(checkpoint.find(a.checkpoint))[1]
+  if not (name := a.dataset or meta.get("dataset")):
+    raise ValueError("the checkpoint does not name its images: say which by --dataset")
+  how = meta.get("how", {} if name in data.DATASETS else {"size": made.images.shape[2:]})
+  found, known = (data.read(name, split, a.data_dir, **how) for split in (a.split, "train"))
+  samples, images, real = values(made)[:a.n], values(found), values(known)
   if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
     raise ValueError(f"{a.samples} holds {samples.dtype} {samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
   real = real[choose(len(real), len(samples), a.seed, "other images")]
+  low, high = found.limits or (0, 255)
   table(sliced_Wasserstein_distance=(sliced_wasserstein(samples, images, seed=a.seed),
-                                     f"of 255, {len(samples)} samples to {len(images)} {a.split} images"),
+                                     f"of {high - low:g}, {len(samples)} samples to {len(images)} {a.split} images"),
         of_as_many_training_images=(sliced_wasserstein(real, images, seed=a.seed),))
+
+def values(found:data.Dataset) -> np.ndarray:
+  """The images as they were before `data.read` scaled them."""
+  return found.images if found.limits is None else data.unscaled(found.images, found.limits)
 
 def report_against(inside:np.ndarray, outside:dict[str, np.ndarray]) -> dict:
   """--against at the terminal: how well bits/dim tell each set's images from those inside; the numbers by name."""

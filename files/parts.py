@@ -4,27 +4,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 import numpy as np
-from tinygrad import nn
+from tinygrad import Device, nn
 from files import pictures
 from files.atomic import atomic
 
 SHOWN = 256  # images in a picture
 
-def key(model:Any, *facts:Any) -> str:
-  """The digest of all that fixes the images: the weights of a model, and arrays or what JSON can say."""
-  digest = hashlib.sha256()
+def place(path:str, model:Any, *facts:Any) -> Path:
+  """The folder of the batches for a file. All that fixes the images is in its name: the kind of device, the weights of
+  a model, and facts, arrays or what JSON can say. Another command has another folder."""
+  digest = hashlib.sha256(Device.DEFAULT.split(":")[0].encode())
   for tensor in nn.state.get_state_dict(model).values(): digest.update(tensor.float().numpy().tobytes())
-  for fact in facts: digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else json.dumps(fact).encode())
-  return digest.hexdigest()[:12]
+  for fact in facts:
+    digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else json.dumps(fact, default=str).encode())
+  return Path(f"{path}.{digest.hexdigest()[:12]}.parts")
+
+def check(folder:Path, png:str|None, index:range):
+  """OSError if drawing begins anew and the folder `png` has pictures of these numbers: they are another command's."""
+  for i in index if png and not folder.exists() else ():
+    if (path := Path(str(png), f"{i:06d}.png")).exists(): raise OSError(f"{path} is there already: name another folder")
 
 @contextlib.contextmanager
-def kept(folder:Path, png:str|None, index:range, first:bool) -> Iterator[None]:
-  """Keeps the folder if something goes wrong and a batch is finished; else removes it. Only the first process does.
-
-  OSError if it does not exist and the folder `png` has pictures of these images: they are another command's."""
-  if first and png and not folder.exists():
-    for i in index:
-      if (path := Path(png, f"{i:06d}.png")).exists(): raise OSError(f"{path} is there already: name another folder")
+def kept(folder:Path, first:bool) -> Iterator[None]:
+  """Keeps the folder if something goes wrong and a batch is finished; else removes it. Only the first process does."""
   done = False
   try:
     yield

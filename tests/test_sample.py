@@ -174,7 +174,7 @@ def in_the_box(monkeypatch, folder, main, **config):
   def command(line, which=()): main([*which, "--checkpoint", "model", *line.split()])
   command.loaded, command.grids, command.net, command.meta = [], [], net, meta
   def load(path, raw=False): return command.loaded.append((path, raw)) or (net, meta)
-  def seen(images, columns=None): return command.grids.append((images, columns)) or grid(images, columns)
+  def seen(images, columns=None, **names): return command.grids.append((images, columns)) or grid(images, columns, **names)
   monkeypatch.setattr(checkpoint, "load", load)
   monkeypatch.setattr(pictures, "grid", seen)
   monkeypatch.chdir(folder)

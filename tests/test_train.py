@@ -128,18 +128,15 @@ def test_five_steps_against_float64(tmp_path, changes):
     here = [e for e, u in zip(each[4], t) if (1, 14, 26, 39)[i] <= u <= (13, 25, 38, 50)[i]]
     assert (band is None) == (not here) and (not here or band == pytest.approx(np.mean(here), rel=rtol))
 
-def test_parts_of_a_batch_and_16_bits_give_a_u_nets_gradient():
-  c = Config(batch=8, T=50, class_conditional=True)
-  found, batch = {}, train.draw(c, IMAGES, LABELS, 3, 1)
-  loss = train.make_loss(DDPM(T=50), c)
-  for dtype, parts in (("float32", 1), ("float32", 2), ("bfloat16", 1), ("float16", 1)):
-    state = State(random_model(channel_mult=(1,), attn_resolutions=(), num_classes=3), train.DTYPES[dtype])
-    found[dtype, parts] = state.gradient(loss, batch, parts), state.flat["grad"].numpy()
-  each, grad = found["float32", 1]
-  for (dtype, parts), (other, g) in found.items():
-    far = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}[dtype]
-    assert np.linalg.norm(g - grad) < far * np.linalg.norm(grad), dtype
-    close(other, each, rtol=far)
+def test_16_bits_and_parts_of_a_batch_give_a_u_nets_gradient():
+  c, found = Config(batch=4, T=50), []
+  loss, batch = train.make_loss(DDPM(T=50), c), train.draw(c, IMAGES, LABELS, 3, 1)
+  for dtype, parts in (("float32", 1), ("bfloat16", 2)):
+    state = State(random_model(channel_mult=(1,), attn_resolutions=()), train.DTYPES[dtype])
+    found += [state.gradient(loss, batch, parts), state.flat["grad"].numpy()]
+  each, grad, low_each, low_grad = found
+  close(low_each, each, rtol=0.02)
+  assert 1e-5 < np.linalg.norm(low_grad - grad) / np.linalg.norm(grad) < 0.05
 
 def test_small_gradients_in_float16():
   """Each is 2.4e-9: float16 has no number between 0 and 6e-8."""
@@ -170,23 +167,21 @@ def loss_at_each_time(c:Config, model):
   each = train.make_loss(d, c)(model, Tensor(x), Tensor(t), Tensor(eps), Tensor(t * 0)).numpy().astype(np.float64)
   return d, each, f32(x / 127.5 - 1), Tensor(t), Tensor(eps)
 
-@pytest.mark.parametrize("predict", ("eps", "x0", "mu", "v"))
+@pytest.mark.parametrize("predict", ("x0", "mu", "v"))
 def test_weighted_times_measure_the_bound_whatever_is_predicted(predict):
-  """Drawn and weighted, L_simple is L_vlb without what does not depend on the model, but for a factor."""
+  """Drawn and weighted, L_simple is Eq. 8 summed over t, for any model, but for one factor."""
   factors = []
   for model in (lambda x, t: x * 0.3, lambda x, t: x * 0.1 * t.reshape(-1, 1, 1, 1) / 50):
     c = Config(T=50, beta_T=0.2, predict=predict, times="weighted")
     d, each, x0, t, eps = loss_at_each_time(c, model)
-    x_t = d.q_sample(x0, t, eps)
-    bound = d.vlb_term(x0, x_t, t, model(x_t, t), clip=False).numpy() - d.kl_const[1:] / math.log(2)
+    x0, eps, (a, b, m0, mt, var) = x0.numpy(), eps.numpy(), (
+      np.reshape(v[1:], (-1, 1, 1, 1)) for v in (d.sqrt_alpha_bar, d.sqrt_noise, d.mu_x0, d.mu_xt, d.beta))
+    x_t = a * x0 + b * eps
+    out = model(f32(x_t), t).numpy()
+    mu = {"x0": m0 * out + mt * x_t, "mu": out, "v": m0 * (a * x_t - b * out) + mt * x_t}[predict]
+    bound = ((m0 * x0 + mt * x_t - mu)**2 / (2 * var)).mean((1, 2, 3))
     factors.append((objectives.chances(d)[1][1:] * each)[1:].sum() / bound[1:].sum())  # L_0 is no squared error
   assert factors[0] == pytest.approx(factors[1], rel=1e-3)
-
-def test_the_bound_as_a_loss_has_the_same_mean_for_weighted_times():
-  model = lambda x, t: x * 0.3
-  d, even, *_ = loss_at_each_time(Config(T=50, beta_T=0.2, loss="vlb"), model)
-  _, drawn, *_ = loss_at_each_time(Config(T=50, beta_T=0.2, loss="vlb", times="weighted"), model)
-  assert (objectives.chances(d)[1][1:] * drawn).sum() == pytest.approx(even.mean(), rel=1e-5)
 
 def test_min_snr_weighs_the_error_of_x0():
   """Above γ the weight γ/SNR turns the error of ε into γ times that of x̂_0, Eq. 15."""
@@ -283,8 +278,8 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
 
 @pytest.mark.parametrize("flags,match", [
   (["--batch", "0"], "--batch.*'0'"), (["--steps", "-5"], "--steps.*'-5'"), (["--lr", "nan"], "--lr.*'nan'"),
-  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T.*'0'"), (["--clip", "-1"], "--clip"),
-  (["--channel-mult", "0,1"], "--channel-mult"), (["--min-snr", "-1"], "--min-snr"), (["--attn", "x"], "--attn"),
+  (["--ema", "1"], "--ema"), (["--dropout", "1"], "--dropout"), (["--T", "0"], "--T.*'0'"), (["--attn", "x"], "--attn"),
+  (["--channel-mult", "0,1"], "--channel-mult"), (["--min-snr", "-1"], "--min-snr"), (["--clip", "-1"], "--clip"),
   (["--drop-labels", "1.1"], "--drop-labels"), (["--image-size", "0"], "--image-size"), (["--nonsense"], "--nonsense"),
   (["--image-size", "8x8x8"], "--image-size"), (["--fit", "squeeze"], "--fit"), (["--step", "5"], "--step"),
   (["--seed", "-1"], "--seed"), (["--seed", str(2**31)], "--seed"), (["--predict", "y"], "--predict.*'y'")])
@@ -318,8 +313,9 @@ def test_the_program_ends_with_one_sentence(flags, says, tmp_path, monkeypatch):
   with pytest.raises(SystemExit) as end: program(lambda: train.main([*SMALL, *flags]))
   assert says in end.value.code and "\n" not in end.value.code
 
-@pytest.mark.parametrize("env,says", [({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")])
 @pytest.mark.parametrize("init", (False, True))
+@pytest.mark.parametrize("env,says", [
+  ({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")])
 def test_no_device_and_no_compiler(tmp_path, env, says, init):
   flags = ["--init", str(ROOT/"checkpoints"/"mnist.safetensors")] if init else []
   r = subprocess.run([sys.executable, str(ROOT/"train.py"), "--out", str(tmp_path/"r"), *flags], capture_output=True,
@@ -379,10 +375,11 @@ def test_an_own_models_run_goes_on_and_seeds_matter(tmp_path):
 def begun(tmp_path_factory): return fit(tmp_path_factory.mktemp("runs")/"begun", steps=2)
 
 @pytest.mark.parametrize("changes,words", [
-  ({"lr": 1e-5}, "lr = 0.001, not 1e-05 --change"), ({"batch": 16}, "batch = 8, not 16 --change"), ({"seed": 1}, "seed"),
-  ({"T": 40}, "T = 50, not 40 --restart"), ({"beta_T": 0.3}, "beta_T"), ({"predict": "v"}, "predict"),
-  ({"flip": True}, "flip"), ({"accum": 2}, "accum"), ({"warmup": 3, "change": True}, "warmup"), ({"clip": 0.5}, "clip"),
-  ({"dtype": "bfloat16"}, "dtype"), ({"class_conditional": True}, "class_conditional"), ({"anneal": 9}, "anneal")])
+  ({"lr": 1e-5}, "lr = 0.001, not 1e-05 --change"), ({"batch": 16}, "batch = 8, not 16 --change"),
+  ({"seed": 1}, "seed = 0"), ({"T": 40}, "T = 50, not 40 --restart"), ({"beta_T": 0.3}, "beta_T"),
+  ({"predict": "v"}, "predict"), ({"flip": True}, "flip"), ({"accum": 2}, "accum"), ({"clip": 0.5}, "clip"),
+  ({"warmup": 3, "change": True}, "warmup"), ({"dtype": "bfloat16"}, "dtype"), ({"anneal": 9}, "anneal"),
+  ({"class_conditional": True}, "class_conditional")])
 def test_other_settings_are_refused_by_name(begun, changes, words):
   before = contents(begun)
   refused(lambda: fit(begun, **dict(steps=4) | changes), *words.split())
@@ -403,7 +400,7 @@ def test_other_data_networks_and_states_are_refused(begun, tmp_path):
     (out := tmp_path/str(i)).mkdir()
     write_tensors(out/"last.safetensors", bad, meta)
     refused(lambda: fit(out), word, "--restart")
-  for i, text in enumerate(({}, {**meta, "step": "x"}, {**meta, "train": 3})):
+  for text in ({}, {**meta, "step": "x"}, {**meta, "train": 3}):
     write_tensors(tmp_path/"0"/"last.safetensors", tensors, text)
     refused(lambda: fit(tmp_path/"0"), "is not the state of a run")
 
@@ -461,32 +458,29 @@ def test_weights_that_are_kept(tmp_path):
 
 # *** --init ***
 
-def test_a_run_can_begin_with_the_network_and_the_weights_of_another(tmp_path, images, whole, capsys):
+def test_a_run_can_begin_with_the_network_and_the_weights_of_another(tmp_path, whole, capsys):
+  """For another number of classes the table of the labels alone is made anew."""
   begun = whole[1]  # three classes
-  flags = ["--dataset", str(images), "--steps", "1", "--batch", "4", "--sample-every", "0", "--lr", "1e-9", "--attn", "",
-           "--init", str(begun), "--class-conditional"]
-  train.main([*flags, "--out", str(tmp_path/"b")])
-  says = capsys.readouterr().err
-  assert "begins with the weights of" in says and "anew" not in says and "here it is" not in says
-  meta, theirs = about(tmp_path/"b"/"ema.safetensors"), about(begun/"ema.safetensors")
-  assert meta["unet"] == theirs["unet"] and meta["ddpm"] == theirs["ddpm"]
-  before, raw = [read_tensors(f)[0] for f in (begun/"ema.safetensors", tmp_path/"b"/"last.safetensors")]
-  for k, v in before.items():
-    for key in ("raw", "ema"): close(raw[f"{key}.{k}"], v, atol=1e-6)
-  # another number of classes: the table of the labels alone is made anew
-  for classes, said in ((5, "the table of the labels is made anew"), (0, "begins with")):
-    c = train.arguments([*flags, "--out", str(tmp_path/"c"), "--T", "60"])
-    assert "has T = 50; here it is 60" in capsys.readouterr().err and c.T == 60
-    (tmp_path/"c").mkdir(exist_ok=True)
+  flags = ["--attn", "", "--init", str(begun), "--out", str(tmp_path)]
+  theirs, weights = about(begun/"ema.safetensors"), read_tensors(begun/"ema.safetensors")[0]
+  c = train.arguments(flags)
+  assert not capsys.readouterr().err.startswith(str(begun)) and train.network(c, IMAGES.shape, 3) == checkpoint.load(
+    begun/"ema.safetensors")[0].config and {k: getattr(c, k) for k in train.DIFFUSION} == theirs["ddpm"]
+  c = train.arguments([*flags, "--T", "60"])
+  assert f"{begun} has T = 50; here it is 60" in capsys.readouterr().err and c.T == 60
+  for classes, anew in ((3, False), (5, True), (0, False)):
     state = State(UNet(**train.network(c, IMAGES.shape, classes)))
     label = state.arrays().get("raw.label")
-    assert folder.begin(c, state, {}) == (0, 0.0) and said in capsys.readouterr().err
-    raw = state.arrays()
-    for k, v in before.items():
-      if k != "label": close(raw[f"raw.{k}"], v, rtol=0)
-    if classes: assert label.shape == (6, 32) and np.array_equal(raw["ema.label"], label)
-  with pytest.raises(ValueError, match="--init.*another network"):
-    train.main([*flags, "--out", str(tmp_path/"d"), "--channels", "16"])
+    assert folder.begin(c, state, {}) == (0, 0.0)
+    says, arrays = capsys.readouterr().err, state.arrays()
+    assert "begins with the weights of" in says and ("the table of the labels is made anew" in says) == anew
+    for k, v in weights.items():
+      for key in ("raw", "ema"):
+        if k != "label" or classes == 3: close(arrays[f"{key}.{k}"], v, rtol=0)
+    if anew: assert label.shape == (6, 32) and np.array_equal(arrays["ema.label"], label)
+    assert not arrays["adam.m"].any() and not arrays["adam.v"].any()
+  other = State(UNet(**train.network(dataclasses.replace(c, channels=16), IMAGES.shape, 3)))
+  refused(lambda: folder.begin(c, other, {}), "--init", "another network")
 
 def test_what_no_flag_says_is_the_checkpoints(tmp_path, monkeypatch):
   """What files of other programs have: the norm's epsilon, heads of attention, padding, frequencies; another target."""
@@ -508,7 +502,7 @@ OWN = """if True:
 
 @pytest.fixture
 def start(tmp_path_factory):
-  """start(*command): a program that may be stopped. start.own(out, settings): one that trains the model of these tests."""
+  """start(*command): a program that may be stopped. start.own(out, settings): one that trains these tests' model."""
   programs, file = [], tmp_path_factory.mktemp("program")/"own.py"
   file.write_text(OWN.format(paths=[str(ROOT), str(ROOT/"tests")]))
   def begin(*command, **env):
@@ -527,16 +521,16 @@ def wait_for_lines(process, out, n):
   while process.poll() is None and not (file.exists() and file.read_text().count("\n") > n): time.sleep(0.002)
 
 def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path, start):
-  settings, stopped = dict(steps=800, save_every=50, class_conditional=True), tmp_path/"stopped"
-  for lines, how in ((60, signal.SIGKILL), (200, signal.SIGINT)):
+  settings, stopped = dict(steps=400, save_every=20, class_conditional=True), tmp_path/"stopped"
+  for lines, how in ((30, signal.SIGKILL), (100, signal.SIGINT)):
     p = start.own(stopped, settings)
     wait_for_lines(p, stopped, lines)
     p.send_signal(how)
     says = p.communicate()[1]
     if how == signal.SIGINT:  # Ctrl-C saves the step it is at
       assert p.returncode == 130 and "run the same command again" in says, says
-      assert saved_step(stopped) == len(losses(stopped)) < 800
-    else: assert p.returncode == -how and saved_step(stopped) >= 50
+      assert saved_step(stopped) == len(losses(stopped)) < 400
+    else: assert p.returncode == -how and saved_step(stopped) >= 20
   (stopped/".0123456789abcdef.tmp").write_bytes(b"what a killed run left")
   fit(stopped, **settings)
   fit(tmp_path/"whole", **settings)
@@ -560,11 +554,15 @@ def test_a_run_that_is_told_to_end_while_it_compiles(tmp_path, start):
   """The processes that compile get the signal as well."""
   out = tmp_path/"run"
   p = start.own(out, dict(steps=1000), CACHEDB=tmp_path/"cache.db")  # nothing is kept
+  def ready(pid):  # a signal that comes while Python starts in it ends the process
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists(): return time.sleep(2) is None
+    return int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1
   def compiles():
-    there = subprocess.check_output(["ps", "-axww", "-o", "ppid=", "-o", "args="], text=True).splitlines()
-    return any(line.split()[0] == str(p.pid) and "spawn_main" in line for line in there)
+    there = subprocess.check_output(["ps", "-axww", "-o", "ppid=", "-o", "pid=", "-o", "args="], text=True).splitlines()
+    children = [line.split()[1] for line in there if line.split()[0] == str(p.pid) and "spawn_main" in line]
+    return children and all(map(ready, children))
   while p.poll() is None and not compiles() and not losses(out): time.sleep(0.02)
-  time.sleep(1)
   os.killpg(p.pid, signal.SIGTERM)
   says = p.communicate(timeout=500)[1]
   assert p.returncode == 143 and saved_step(out) == len(losses(out)) and "Traceback" not in says, says
@@ -575,8 +573,8 @@ def test_first_lines_and_progress(tmp_path, capsys):
   fit(tmp_path, steps=2, T=20)
   says = capsys.readouterr()
   first, warning, *_ = says.err.splitlines()[1:]
-  assert first == (f"an array: 64 images of 1 x 8 x 8 in 3 classes; read as N, C, H, W; flips off; 65 parameters; batch 8; "
-                   f"to {tmp_path}")
+  assert first == ("an array: 64 images of 1 x 8 x 8 in 3 classes; read as N, C, H, W; flips off; 65 parameters; "
+                   f"batch 8; to {tmp_path}")
   assert "warning" in warning and "T = 20" in warning and not says.out  # √ᾱ_T is 34%
   line = says.err.splitlines()[-1]
   assert re.fullmatch(r"step +2/2  loss \d\.\d{4}  grad +\d+\.\d{3}  +\d+\.\d images/s  0:00:00 left", line), line
@@ -605,7 +603,8 @@ def test_pictures_of_samples_are_of_the_same_noise(tmp_path, monkeypatch):
   fit(tmp_path, steps=3, T=5, sample_every=2, lr=1e-12, model=model, class_conditional=True)
   assert {f.name for f in (tmp_path/"samples").iterdir()} == {"000002.png", "000003.png"}
   assert (tmp_path/"samples.png").read_bytes() == (tmp_path/"samples"/"000003.png").read_bytes()
-  assert grids[0].shape == (36, 1, 8, 8) and len(grids) == 4 and np.array_equal(grids[0], grids[3]) and len({x.tobytes() for x in grids[0]}) == 36
+  assert len(grids) == 4 and grids[0].shape == (36, 1, 8, 8) and np.array_equal(grids[0], grids[3])
+  assert len({x.tobytes() for x in grids[0]}) == 36
   assert all((y == np.arange(36) % 3).all() for y in asked)
   image = Image.open(tmp_path/"loss.png")
   assert image.size == (720, 440) and len(image.getcolors(10**6)) > 10
@@ -640,7 +639,8 @@ def test_a_long_log_is_not_read_into_memory(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 1e6 < (tmp_path/"log.jsonl").stat().st_size
   finally: tracemalloc.stop()
 
-@pytest.mark.parametrize("damage", ["", "no json\n", '{"step": null}\n', "[]\n", "\0\xff\n", '{"step": 3, "loss": 1}\n'])
+@pytest.mark.parametrize("damage", [
+  "", "no json\n", '{"step": null}\n', "[]\n", "\0\xff\n", '{"step": 3, "loss": 1}\n'])
 def test_a_damaged_log_ends_where_the_damage_is(tmp_path, damage):
   path = tmp_path/"log.jsonl"
   write_log(path, (1, 2))
@@ -667,8 +667,9 @@ def pictures_in(path, n, size=(8, 8), seed=0):
 class Enough(Exception): pass
 
 @pytest.mark.parametrize("size,flags,shape,said", [
-  ((50, 50), [], 48, "cut from 50x50 to 48x48"), ((80, 40), [], (80, 40), ""), ((50, 50), ["--channel-mult", "1,2"], 50, ""),
-  ((64, 64), ["--image-size", "32"], 32, "resized"), ((64, 64), ["--image-size", "32x16"], (32, 16), "32x16")])
+  ((50, 50), [], 48, "cut from 50x50 to 48x48"), ((50, 50), ["--channel-mult", "1,2"], 50, ""),
+  ((80, 40), [], (80, 40), ""), ((64, 64), ["--image-size", "32"], 32, "resized to 32x32"),
+  ((64, 64), ["--image-size", "32x16"], (32, 16), "to 32x16")])
 def test_size_of_the_images_of_a_folder(tmp_path, monkeypatch, size, flags, shape, said):
   def net(**config):
     assert config["image_size"] == shape and config["in_channels"] == 3
@@ -714,7 +715,7 @@ def test_held_out_loss(tmp_path, monkeypatch, times):
   close(list(found.values()), each.mean(), rtol=1e-3)
   close(curves[-1], [list(found), list(found.values())])
   train.fit(dataclasses.replace(c, steps=6), str(tmp_path/"p"), model=affine((3, 8, 8)))
-  assert [s for s in ([e["step"] for e in log(tmp_path/"run") if "held_out" in e])] == [2, 4, 5, 6]
+  assert [e["step"] for e in log(tmp_path/"run") if "held_out" in e] == [2, 4, 5, 6]
   assert all(np.array_equal(a, b) for a, b in zip(*seen))
 
 def test_one_class_alone_is_refused(tmp_path):

@@ -1,0 +1,82 @@
+"""make backends: what it compares and says; and a training step for cards that are not here, rendered and counted."""
+import json, os, subprocess, sys
+import pytest
+from common import ROOT
+from tools import backends
+
+NUMBERS = dict(by="a compiler", losses=[2., 4.], norms=[1.], samples=[0.5, -1.])
+
+def compared(monkeypatch, capsys, *said, parts=("float32",), **env):
+  """compare's cells and what is wrong, where each process prints what is said, or fails if that is None."""
+  left = iter(said)
+  def call(r, *command, **given):
+    made = next(left)
+    if made is None: r.failures.append("it was cut off")
+    return made
+  monkeypatch.setattr(backends, "call", call)
+  wrong = backends.compare("one", env, list(parts), {"float32": NUMBERS}, 5)
+  return [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()], wrong
+
+def test_differences_are_over_the_greatest_value_of_the_processors(monkeypatch, capsys):
+  near = NUMBERS | dict(losses=[2.000004, 4.], samples=[0.5, -1.00001])
+  rows, wrong = compared(monkeypatch, capsys, "\nnoise\n" + json.dumps(near), "..\n18 passed, 3 deselected in 9.1s\n",
+                         parts=("float32", "tests"))
+  assert rows[0][:5] == ["a compiler", "float32", "1e-06", "0e+00", "1e-05"] and not wrong
+  assert rows[1][5] == "18 passed, 3 deselected"
+  for far in (dict(norms=[1.00001]), dict(samples=[0.5, float("nan")])):
+    assert compared(monkeypatch, capsys, json.dumps(NUMBERS | far))[1] == ["one, float32: not DEV=CPU's numbers"]
+
+def test_a_process_that_fails_and_what_oclgrind_says_are_wrong(monkeypatch, capsys, tmp_path):
+  rows, wrong = compared(monkeypatch, capsys, None)
+  assert rows[0][5] == "failed" and "cut off" in wrong[0]
+  log = tmp_path/"log"
+  for text, number in (("", 0), ("Read-write data race at local memory", 1)):
+    log.write_text(text)
+    wrong = compared(monkeypatch, capsys, json.dumps(NUMBERS), OCLGRIND_LOG=str(log))[1]
+    assert len(wrong) == number and all("data race" in why for why in wrong)
+
+def test_what_is_not_here_is_named_and_nothing_that_is_unknown_runs(monkeypatch, capsys):
+  monkeypatch.setattr(backends, "find", lambda folder: {"CPU": {}})
+  monkeypatch.setattr(backends, "call", lambda *args, **env: "[]")
+  monkeypatch.setattr(backends, "compare", lambda *args: [])
+  backends.main(["webgpu"])
+  said = capsys.readouterr().out
+  for name, command in backends.INSTALL.items(): assert f"not here: {name} ({command})" in said
+  with pytest.raises(ValueError, match="no backend"): backends.main(["abacus"])
+
+def test_drivers_are_found_one_at_a_time(tmp_path):
+  env = backends.opencl(tmp_path, "PoCL", "/lib/libpocl.so")
+  assert [f.read_text() for f in (tmp_path/"PoCL").iterdir()] == ["/lib/libpocl.so"]
+  assert env == {"DEV": "CL", "OCL_ICD_VENDORS": str(tmp_path/"PoCL")}
+
+RENDERED = """if True:
+  import sys, types
+  from tinygrad.device import Compiler
+  from tinygrad.helpers import NULL_ALLOW_COPYOUT
+  class Source(Compiler):  # Apple's and AMD's compilers are not here
+    def __init__(self, *args): super().__init__()
+    def compile(self, src): return src.encode()
+  for name in ("ops_metal", "support.compiler_amd"):
+    names = ("MetalCompiler", "HIPCompiler", "HIPCCCompiler", "AMDLLVMCompiler")
+    sys.modules["tinygrad.runtime." + name] = types.SimpleNamespace(**{n: Source for n in names})
+  NULL_ALLOW_COPYOUT.value = 1
+  import unet
+  from engine.state import State
+  from train import Config
+  from tools.bench import kernels, source, training_step
+  state = State(unet.UNet(1, 16, (1,), 1, (), 0.1, 8, 8), unet.DTYPES["bfloat16"])
+  made = kernels(training_step(state, Config(batch=16, dtype="bfloat16"), (16, 1, 8, 8))())
+  print(sum("__WMMA_" in source(p) for p in made))"""
+
+@pytest.mark.parametrize("device,without", [("NULL:METAL:Apple7", 2), ("NULL:HIP:gfx1100", 2 + 3 + 5)])
+def test_a_training_step_for_cards_that_are_not_here(device, without):
+  """All products are on tensor cores, but for a few. Of one channel: the last layer's and its weights' gradient; on
+  AMD, whose cores take 16, also the first layer's, its weights' gradient, and what the last one hands back. The time's
+  two layers compute in float32, for which AMD has no cores."""
+  r = subprocess.run([sys.executable, "-c", RENDERED], cwd=ROOT, capture_output=True, text=True,
+                     env=os.environ | {"DEV": device, "PLAIN": "0", "PARALLEL": "0", "CACHELEVEL": "0"})
+  assert r.returncode == 0, r.stderr[-2000:]
+  # the first layer, 5 blocks (2 convolutions, the time), 2 shortcuts, attention's four, 2 of the time, the last layer;
+  # each has two gradients, but two have no input to be derived; attention's two products, each with two gradients
+  layers = 1 + 5*3 + 2 + 4 + 2 + 1
+  assert int(r.stdout) == 3*layers - 2 + 3*2 - without
