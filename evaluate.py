@@ -3,8 +3,7 @@
   python evaluate.py --checkpoint runs/mnist --n 256 --json bound.json
 
 Images are uint8 (n, C, H, W), and every result is divided by their D = C·H·W dimensions. The noise
-of image i at time t has a stream of its own, so no result depends on the size of the batches.
-"""
+of image i at time t has a stream of its own, so no result depends on the size of the batches."""
 from __future__ import annotations
 import argparse, json, math, sys
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from sample import check_places, model_flags, open_images, open_model
 def negative_log_likelihood(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable[[int], Tensor],
                             clip:bool=True) -> Tensor:
   """−log p_θ(x_0) from above, Eq. 5: L_T + Σ_{t>1} L_{t-1} + L_0 of each image, (B,) bits/dim.
-
   noise(t) is the ε of x_t. This is the bound as the paper writes it; `bound` estimates it."""
   total = ddpm.prior_kl(x0)                                          # L_T
   for t in range(ddpm.T, 0, -1):                                     # L_{t-1}; at t = 1 L_0
@@ -48,7 +46,6 @@ class Bound(NamedTuple):  # in bits/dim
 def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t:int|None=None,
           batch:int=32, clip:bool=True, labels:np.ndarray|None=None, desc:str="") -> Bound:
   """Eq. 5 for images x0 (n, C, H, W), uint8 or on the 256 levels, with the terms of `times`.
-
   labels (n,), if given, become the model's third argument. Noise and times are drawn anew for each
   image: the scatter of `total` holds theirs. ValueError for answers that are not finite."""
   x0 = data.levels(x0)
@@ -79,7 +76,6 @@ def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t
 
 def times(T:int, n:int, seed:int=0, samples_t:int|None=None) -> tuple[np.ndarray, np.ndarray]:
   """The terms of Eq. 5 to compute: t (n, m), and how many times each column stands for, (m,).
-
   The first column is t = 1, L_0. Of 2..T all are taken, or for each image one draw from each of
   samples_t strata, which is unbiased. The strata widen with t, as the terms fall."""
   edges = geometric(T, min(samples_t or T, T - 1)) if T > 1 else np.ones(1, int)
@@ -105,7 +101,6 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
                      clip:bool=True, labels:np.ndarray|None=None, desc:str="") -> Trajectories:
   """The bound by naive Monte Carlo, Eq. 3: −log [p_θ(x_{0:T}) / q(x_{1:T} | x_0)] on one trajectory
   of each image; and Eq. 5 on the same one ("Rao-Blackwellized", Section 2).
-
   The means agree: `sampled` sums to eq3 and `kl` to Eq. 5, with L_0 in the first column of both.
   Each KL varies less than its draw; the sum of all draws may vary less than both, as draws along
   one trajectory are anticorrelated. x0, labels: see `bound`."""
@@ -137,8 +132,7 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
   eq3, *terms = in_batches(walk, len(x0), batch, desc, ddpm.T)
   return Trajectories(eq3, *np.array(terms).reshape(2, -1, len(x0)).swapaxes(1, 2))
 
-def log_normal(x:np.ndarray, mean:np.ndarray|float, var:np.ndarray|float) -> np.ndarray:
-  """log N(x; mean, var) of each image in bits/dim, (B,)."""
+def log_normal(x:np.ndarray, mean:np.ndarray|float, var:np.ndarray|float) -> np.ndarray:  # (B,)
   nats = -(np.square(x - mean) / var + np.log(2 * np.pi * var)) / 2
   return nats.reshape(len(x), -1).mean(1, dtype=np.float64) / math.log(2)
 
@@ -151,15 +145,13 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--split", default="test", choices=("train", "test"))
   add("--data-dir", help="where the dataset's files are")
   add("--n", type=number(int, 1), help="images, drawn from the split (256, or all if fewer)")
-  add("--samples-t", type=number(int, 0), metavar="M", default=20,
-      help="terms of Eq. 5 for each image, drawn at random, unbiased (20); 0: all")
+  add("--samples-t", type=number(int, 0), metavar="M", help="random terms per image; 0: all")
   add("--labels", action="store_true", help="give the model each image's class instead of none")
   add("--no-clip", action="store_true", help="do not clip x̂_0 to [-1, 1]")
   add("--json", metavar="FILE", help="all numbers")
   add("--naive", type=number(int, 2), metavar="N", help="Eq. 3 on N trajectories of one image")
   add = p.add_argument_group("not in the paper").add_argument
-  add("--against", nargs="+", default=[], metavar="SET",
-      help="inverted, shifted, or a dataset: are its images less likely?")
+  add("--against", nargs="+", default=[], metavar="SET", help="inverted, shifted, or a dataset")
   add("--samples", metavar="FILE.npz", help="only compare these samples with the images")
   add("--ode", type=number(int, 1), metavar="STEPS", help="also by the probability-flow ODE")
   add("--ode-levels", action="store_true", help="--ode knows of the 256 levels from -1 to 1")
@@ -167,8 +159,9 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   check_places(a.json)
   return a
 
-def labels_of(a:argparse.Namespace, labels:np.ndarray, classes:int) -> np.ndarray|None:
+def labels_of(a:argparse.Namespace, labels:np.ndarray, classes:int, null:bool) -> np.ndarray|None:
   """What the model is told of each image: its class with --labels, else "none" or nothing."""
+  if not a.labels and not null: raise ValueError("this model always needs a class: add --labels")
   if not a.labels: return np.full(len(labels), classes, np.int32) if classes else None
   if not classes: raise ValueError("--labels: the model was trained without classes")
   if labels.max() >= classes or set(a.against) - {"inverted", "shifted"}:
@@ -195,18 +188,19 @@ def main(argv:list[str]|None=None):
   a = arguments(argv)
   if a.samples: return compare_samples(a)
   path, net, ddpm, meta = open_model(a)
+  if a.samples_t is None: a.samples_t = min(20, ddpm.T - 1)
   if max(a.samples_t, a.ode or 0) > ddpm.T: raise ValueError(f"this model has but {ddpm.T} times")
   name, found = open_images(a, a.split, path, net, meta)
   if found.limits: raise ValueError(f"{name} has floats, but the decoder of Eq. 13 is for 8 bits")
-  if a.n and a.n > len(found.images): raise ValueError(f"--n {a.n}: {name} has {len(found.images)}")
+  if (a.n or 0) > len(found.images): raise ValueError(f"--n {a.n}: {name} has {len(found.images)}")
   index = choose(len(found.images), a.n or 256, a.seed, "evaluated images")
-  images, D = found.images[index], found.images[0].size
-  labels = labels_of(a, found.labels[index], net.config["num_classes"])
+  images, D, c = found.images[index], found.images[0].size, net.config
+  labels = labels_of(a, found.labels[index], c["num_classes"], meta.get("null_class", True))
   common = {"seed": a.seed, "batch": a.batch, "clip": meta.get("clip", True) and not a.no_clip}
   how = f"{a.samples_t} random t for each image: unbiased" if a.samples_t else "all t"
-  def measure(images:np.ndarray, desc:str) -> Bound:
-    y = None if labels is None else labels[:len(images)]
-    return bound(ddpm, net, images, samples_t=a.samples_t or None, labels=y, desc=desc, **common)
+  def measure(x0:np.ndarray, desc:str) -> Bound:
+    y = None if labels is None else labels[:len(x0)]
+    return bound(ddpm, net, x0, samples_t=a.samples_t or None, labels=y, desc=desc, **common)
   print(f"{name} ({a.split}), {len(images)} images of {D} dimensions, under {path}")
   others = {s: contrast(s, images, a.split, a.seed, a.data_dir) for s in a.against}
   b = measure(images, "bound")
@@ -217,10 +211,9 @@ def main(argv:list[str]|None=None):
   if outside: result["against"] = report_against(b.total, outside)
   if a.ode: result["ode"] = report_ode(a, ddpm, net, images, labels)
   if a.naive:
-    first = np.zeros(a.naive, int)
-    y = None if labels is None else labels[first]
-    found3 = trajectory_bound(ddpm, net, images[first], labels=y, desc="trajectories", **common)
-    result["naive"] = report_naive(index[0], found3)
+    x0, y = images[:1].repeat(a.naive, 0), None if labels is None else labels[:1].repeat(a.naive)
+    drawn = trajectory_bound(ddpm, net, x0, labels=y, desc="trajectories", **common)
+    result["naive"] = report_naive(index[0], drawn)
   if a.json and not hosts.rank():
     with atomic(a.json) as f: f.write(json.dumps(result, indent=1, default=float).encode() + b"\n")
 

@@ -71,7 +71,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   start = (x_T if isinstance(x_T, Tensor) else Tensor(np.asarray(x_T))).float().clone().realize()
   index = first + np.arange(len(x_T)) if isinstance(first, (int, np.integer)) else np.array(first)
   if len(index) != len(x_T): raise ValueError(f"{len(index)} indices for {len(x_T)} images")
-  rngs = [stream(seed, "z", i) for i in index]
+  rngs = [stream(seed, "z", int(i)) for i in index]
   key = (ddpm, id(model), *times, clip, moves, *options.items(), start.shape, start.device)
   step = {m: on_device(m, chain, model, clip, jits, (*key, i)) for i, m in enumerate(made)}
   def loop(x_t:Tensor) -> Visits:                  # 1: x_T ~ N(0, I)
@@ -92,8 +92,8 @@ def on_device(move:Callable, chain:DDPM, model:Callable, clip:bool, jits:dict|No
     return move(chain, network, x_t, t, z[0] if z else None, clip)
   jit = captured(step, jits, key)
   def call(x_t:Tensor, t:int, z:np.ndarray|None) -> list[Tensor]:
-    given = [placed(np.full(x_t.shape[0], t, np.int32), x_t.device)]
-    if z is not None: given.append(placed(z, x_t.device))
+    given = [placed(np.full(x_t.shape[0], t, np.int32), str(x_t.device))]
+    if z is not None: given.append(placed(z, str(x_t.device)))
     out = [v.clone() for v in jit(x_t, *given)]    # the next call writes over the jit's own
     Tensor.realize(*out)
     return out
@@ -194,7 +194,7 @@ def main(argv:list[str]|None=None):
   options = {} if a.eta is None else {"eta": a.eta}
   sampler = functools.partial(SAMPLERS[a.sampler], ddpm, seed=a.seed, jits={}, **options,
                               clip=meta.get("clip", True) and not a.no_clip)
-  labelled = labelling(net, 1 if a.guidance is None else a.guidance)
+  labelled = labelling(net, 1 if a.guidance is None else a.guidance, meta.get("null_class", True))
   if editing.edit(a, ddpm, sampler, labelled, image_shape(net), meta, labels, times): return
   draw = drawing(sampler, labelled, a.batch)
   print(f"{path}: {a.sampler}, {len(times) - 1} steps", file=sys.stderr)

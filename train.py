@@ -28,7 +28,7 @@ def flag(default:Any, about:str, low:float=0, high:float=1e9, choices:tuple|None
 class Config:
   """Everything that can be set; a field is a flag. The defaults are the paper's, for CIFAR-10."""
   # the run
-  dataset:str = flag("glyphs", "glyphs, mnist, fashion_mnist, cifar10, a folder, .zip, .npy, .npz")
+  dataset:str|None = flag("glyphs", "glyphs, mnist, fashion_mnist, cifar10 or folder, .zip, .npy")
   data_dir:str|None = flag(None, "where the dataset's files are; else $DATA_DIR, else downloaded")
   image_size:int|tuple|None = flag(None, "64 or 64x128 (height x width); else the images' own")
   fit:str = flag("crop", "how images of other shapes get there", choices=("crop", "pad", "stretch"))
@@ -136,7 +136,7 @@ def make_update(state:State, c:Config) -> Callable[[Tensor], Tensor]:
   grad, m, v, w, e = [state.flat[k] for k in ("grad", "m", "v", "raw", "ema")]
   def update(rates:Tensor) -> Tensor:
     lr, correct1, correct2, decay = [rates[i] for i in range(4)]
-    norm = grad.square().reshape(-1, 4096).sum(0).sum().sqrt()  # one float32 sum would drift
+    norm = grad.square().reshape(4096, -1).sum(1).sum().sqrt()  # one float32 sum would drift
     g = grad * (c.clip / norm.maximum(c.clip))                # clipping: the authors' code
     m.assign(m + (1 - BETA1) * (g - m))                       # m ← β₁ m + (1−β₁) g
     v.assign(v + (1 - BETA2) * (g * g - v))                   # v ← β₂ v + (1−β₂) g²
@@ -161,7 +161,7 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
   hosts.take_device(open_device(c.tf32))
   hosts.share(c.batch, c.accum)
   multiple = 2**(len(c.channel_mult) - 1) if model is None else 1
-  how = {"size": c.image_size, "fit": c.fit, "mode": c.mode, "multiple": multiple}
+  how:dict[str, Any] = {"size": c.image_size, "fit": c.fit, "mode": c.mode, "multiple": multiple}
   found, out = data.read(images, "train", c.data_dir, labels=labels, **how), Path(c.out)
   classes, null = found.classes if c.class_conditional else [], len(found.classes)
   ddpm = DDPM(**{k: getattr(c, k) for k in DIFFUSION})
@@ -209,7 +209,7 @@ def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],
               classes:int) -> Callable[[int], None]:
   """show(step) draws 36 images from the same x_T each time: by DDIM in 50 steps, a 20th of
   Algorithm 2's time, with the averaged weights."""
-  x_T, jits = sample.draw_x_T(36, shape, c.seed), {}
+  x_T, jits = sample.draw_x_T(36, shape, c.seed), dict[tuple, Callable]()
   y = Tensor(np.arange(36, dtype=np.int32) % max(1, classes)).realize()  # each class in turn
   def model(x:Tensor, t:Tensor) -> Tensor: return state.average(x, t, *[y] * bool(classes))
   def show(step:int):

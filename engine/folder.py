@@ -243,8 +243,9 @@ class Record:
 
   def save(self, n:int, keep:bool):
     os.fsync(self.log.fileno())
-    held_out = curve(self.out/"log.jsonl", "held_out") if self.held_out else None
-    pictures.loss_curve(self.out/"loss.png", *curve(self.out/"log.jsonl", "loss", "smooth"), held_out)
+    held_out:tuple|None = tuple(curve(self.out/"log.jsonl", "held_out")) if self.held_out else None
+    steps, loss, smooth = curve(self.out/"log.jsonl", "loss", "smooth")
+    pictures.loss_curve(self.out/"loss.png", steps, loss, smooth, held_out)
     write(self.out, self.state, self.about, self.fixed, n, self.smooth, keep)
 
 def say(entry:dict, steps:int, seconds:float):

@@ -19,10 +19,13 @@ def guided(model:Callable[[Tensor, Tensor, Tensor], Tensor], y:Tensor, w:float, 
     return free + w * (labelled - free)                      # ε̃ = ε(x, ∅) + w (ε(x, y) − ε(x, ∅))
   return both
 
-def labelling(net, guidance:float) -> Callable[[np.ndarray], Callable[..., Tensor]]:
+def labelling(net, guidance:float, known:bool=True) -> Callable[[np.ndarray], Callable[..., Tensor]]:
   """labels (B,) -> the network as a model(x_t, t) of these labels. For each B it is one model, so that its captured
-  step serves all batches and reads each one's labels."""
+  step serves all batches and reads each one's labels. known: whether the network knows what "no class" is; ValueError
+  if it does not and guidance asks for it."""
   null = net.config["num_classes"]
+  if null and not known and guidance != 1:
+    raise ValueError("this network was always shown a class, so it can be asked with --guidance 1 alone")
   @functools.cache
   def sized(n:int) -> tuple[Tensor, Callable[..., Tensor]]:
     y = Tensor(np.full(n, null, np.int32)).realize()

@@ -7,12 +7,12 @@ network. z ~ N(0, I) as x_t, or None where the sampler has no noise. The loop re
 its x̂_0. A sampler's function gets (ddpm, chain) and its options, and returns (moves, whether they use noise).
 """
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import numpy as np
 from tinygrad import Tensor
 from ddpm import DDPM, column
 
-Moves = tuple[list[Callable[..., tuple[Tensor, Tensor]]], bool]
+Moves = tuple[Sequence[Callable[..., tuple[Tensor, Tensor]]], bool]
 
 def denoise(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, clip:bool) -> tuple[Tensor, Tensor]:
   """(x̂_0, ε̂) as the model sees them in x_t, whatever it predicts. ε̂ leads from x̂_0, clipped or not, to x_t."""

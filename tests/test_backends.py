@@ -15,25 +15,27 @@ def compared(monkeypatch, capsys, *said, parts=("float32",), **env):
     return made
   monkeypatch.setattr(backends, "call", call)
   wrong = backends.compare("one", env, list(parts), {"float32": NUMBERS}, 5)
-  return [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()], wrong
+  out = capsys.readouterr().out
+  return [line.split(" | ")[1:] for line in out.splitlines() if line[0] == "|"], wrong, out
 
 def test_differences_are_over_the_greatest_value_of_the_processors(monkeypatch, capsys):
   near = NUMBERS | dict(losses=[2.000004, 4.], samples=[0.5, -1.00001])
-  rows, wrong = compared(monkeypatch, capsys, "\nnoise\n" + json.dumps(near), "..\n18 passed, 3 deselected in 9.1s\n",
-                         parts=("float32", "tests"))
+  rows, wrong, _ = compared(monkeypatch, capsys, "\nnoise\n" + json.dumps(near), "18 passed, 3 deselected in 9.1s\n",
+                            parts=("float32", "tests"))
   assert rows[0][:5] == ["a compiler", "float32", "1e-06", "0e+00", "1e-05"] and not wrong
   assert rows[1][5] == "18 passed, 3 deselected"
   for far in (dict(norms=[1.00001]), dict(samples=[0.5, float("nan")])):
-    assert compared(monkeypatch, capsys, json.dumps(NUMBERS | far))[1] == ["one, float32: not DEV=CPU's numbers"]
+    _, wrong, out = compared(monkeypatch, capsys, json.dumps(NUMBERS | far))
+    assert wrong == ["one float32"] and "too far from DEV=CPU's" in out
 
 def test_a_process_that_fails_and_what_oclgrind_says_are_wrong(monkeypatch, capsys, tmp_path):
-  rows, wrong = compared(monkeypatch, capsys, None)
-  assert rows[0][5] == "failed" and "cut off" in wrong[0]
+  rows, wrong, out = compared(monkeypatch, capsys, None)
+  assert rows[0][5] == "failed" and wrong == ["one float32"] and "it was cut off" in out
   log = tmp_path/"log"
   for text, number in (("", 0), ("Read-write data race at local memory", 1)):
     log.write_text(text)
-    wrong = compared(monkeypatch, capsys, json.dumps(NUMBERS), OCLGRIND_LOG=str(log))[1]
-    assert len(wrong) == number and all("data race" in why for why in wrong)
+    _, wrong, out = compared(monkeypatch, capsys, json.dumps(NUMBERS), OCLGRIND_LOG=str(log))
+    assert len(wrong) == number == out.count("data race")
 
 def test_what_is_not_here_is_named_and_nothing_that_is_unknown_runs(monkeypatch, capsys):
   monkeypatch.setattr(backends, "find", lambda folder: {"CPU": {}})
@@ -43,6 +45,8 @@ def test_what_is_not_here_is_named_and_nothing_that_is_unknown_runs(monkeypatch,
   said = capsys.readouterr().out
   for name, command in backends.INSTALL.items(): assert f"not here: {name} ({command})" in said
   with pytest.raises(ValueError, match="no backend"): backends.main(["abacus"])
+  monkeypatch.setattr(backends, "compare", lambda name, *args: [f"{name} tests"])
+  with pytest.raises(RuntimeError, match="CPU tests"): backends.main([])
 
 def test_drivers_are_found_one_at_a_time(tmp_path):
   env = backends.opencl(tmp_path, "PoCL", "/lib/libpocl.so")
@@ -80,3 +84,23 @@ def test_a_training_step_for_cards_that_are_not_here(device, without):
   # each has two gradients, but two have no input to be derived; attention's two products, each with two gradients
   layers = 1 + 5*3 + 2 + 4 + 2 + 1
   assert int(r.stdout) == 3*layers - 2 + 3*2 - without
+
+RACE = """if True:
+  import sys
+  from tinygrad import Device, dtypes
+  from tinygrad.device import Buffer, TinyELF
+  d, b = Device["CL"], Buffer("CL", 16, dtypes.int).allocate()
+  source = "kernel void k(global int* o) { local int l[16]; int i = get_local_id(0); " + sys.argv[1] + " }"
+  program = d.runtime(TinyELF(source.encode(), "k", d.renderer.target, (("o", 0, dtypes.int, ()),)))
+  program(b._buf, global_size=(1, 1, 1), local_size=(16, 1, 1))
+  d.synchronize()"""
+
+@pytest.mark.skipif("Oclgrind" not in backends.drivers(), reason="Oclgrind is not installed")
+def test_oclgrind_finds_what_it_is_to_find(tmp_path):
+  env = backends.opencl(tmp_path, "Oclgrind", backends.drivers()["Oclgrind"])
+  wait = "barrier(CLK_LOCAL_MEM_FENCE);"
+  for code, words in (("o[i] = i;", ""), ("o[0] = i;", "data race"), ("l[i] = i; o[i] = l[15-i];", "data race"),
+                      (f"l[i] = i; {wait} o[i] = l[15-i];", ""), ("o[i+1] = i;", "Invalid write")):
+    subprocess.run([sys.executable, "-c", RACE, code], check=True, env=os.environ | env)
+    said = (tmp_path/"Oclgrind"/"log").read_text()
+    assert words in said and bool(words) == bool(said), (code, said)

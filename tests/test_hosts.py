@@ -9,6 +9,7 @@ from tinygrad import Device, Tensor
 from tinygrad.helpers import DEV
 from engine import hosts
 from files import checkpoint
+from tools import scale
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 several = pytest.mark.skipif(not MPIRUN or not importlib.util.find_spec("mpi4py"), reason="needs mpi4py and mpirun")
@@ -110,6 +111,16 @@ def test_each_process_of_a_host_has_a_device(monkeypatch):
       hosts.take_device("PYTHON")
       assert Device.DEFAULT == name and Tensor([1.0]).device == name and (Tensor([1.0]) + 1).item() == 2
     finally: DEV.value = before
+
+def test_a_step_on_paper():
+  job, a = scale.Job(0.003, 25e6, 128), SimpleNamespace(fixed=2, bandwidth=25, latency=5, copy=20)
+  close(scale.step(job, 1, a), 0.002 + 0.384)
+  close(scale.step(job, 8, a), 0.002 + 0.048 + 0.01 + 0.007 + 0.00007)           # 100 MB: 10 ms copied, 7/4 · 4 ms
+  close(scale.step(job, 8, a, 2), 0.002 + 0.048 + 0.005 + 0.0035 + 0.00007)
+  close(scale.step(job, 8, a, overlap=True), 0.002 + 0.048)
+  close(scale.step(job, 128, a, overlap=True), 0.002 + 0.001 + 0.01 + 0.0079375 + 0.00127)
+  a.copy = 0
+  close(scale.step(job, 8, a), 0.002 + 0.048 + 0.007 + 0.00007)
 
 # *** the programs ***
 

@@ -5,6 +5,7 @@ import pytest
 from common import ROOT, close, random_model, refused, rng
 from PIL import Image
 import sample
+from engine.folder import claim
 from files import checkpoint, parts, pictures
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,18 @@ def test_nothing_is_left_where_no_batch_was_finished(draw, tmp_path, monkeypatch
   stop_after(monkeypatch, 0, KeyboardInterrupt())
   with pytest.raises(KeyboardInterrupt): draw("a")
   assert not list(tmp_path.iterdir())
+
+def test_a_folder_in_use_is_left_alone(draw, tmp_path, monkeypatch):
+  go_on = stop_after(monkeypatch, 1, KeyboardInterrupt())
+  with pytest.raises(KeyboardInterrupt): draw("a")
+  go_on()
+  (batch,) = tmp_path.glob("a.npz.*.parts/*.npz")
+  with claim(batch.parent):
+    refused(lambda: draw("a"), "in use")
+    batch.unlink()                                           # also while the other has not finished one
+    refused(lambda: draw("a"), "in use")
+    assert batch.parent.exists() and not draw.batches
+  draw("a")
 
 def test_pictures_of_others_are_not_written_over(draw, tmp_path):
   (tmp_path/"p").mkdir()

@@ -144,7 +144,7 @@ def test_small_gradients_in_float16():
   class Model:
     w:Tensor
   state = State(Model(f32(np.ones((64, 64)))), dtypes.float16)
-  loss = lambda model, x: (x * model.w.cast(dtypes.float16)).flatten(1).float().mean(1) * 1e-5
+  loss = lambda model, x: (x.cast(dtypes.float16) * model.w).flatten(1).float().mean(1) * 1e-5
   assert state.gradient(loss, [np.ones((2, 1, 64, 64), np.float32)]).shape == (2,)
   close(state.flat["grad"].numpy()[:4096], 1e-5 / 4096, rtol=2e-3)
 
@@ -430,6 +430,7 @@ def test_how_the_path_is_spelled_does_not_matter(tmp_path, images, end):
     train.fit(config(tmp_path/"run", steps=i + 1), source, model=affine((3, 8, 8)))
   assert saved_step(tmp_path/"run") == 2 and folder.place("runs/<dataset>", "x/faces/") == "runs/faces"
   assert about(tmp_path/"run"/"ema.safetensors")["dataset"] == os.path.relpath(tmp_path/"train")
+  assert not any("held_out" in e for e in log(tmp_path/"run"))  # there are no images apart from these
 
 def test_changed_settings_are_noted(tmp_path, capsys):
   fit(tmp_path, steps=2)
