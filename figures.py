@@ -1,11 +1,8 @@
-"""The figures and tables of the paper, one command each, from a trained model.
-
-  python figures.py 5        # rate and distortion, also as .csv; table4: the same as a table
-  python figures.py 6        # progressive generation; 7: shared latents; 8: interpolation
-  python figures.py table2   # trains six small models: what is predicted, with which loss
-"""
+"""The paper's figures and tables from a trained model: python figures.py 5 (rate and distortion), 6
+(progressive generation), 7 (shared latents), 8 (interpolation), table4 (Figure 5 as a table), and
+table2, which trains six small models: what is predicted, with which loss."""
 from __future__ import annotations
-import argparse, functools, sys
+import argparse, functools, itertools, sys
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -19,8 +16,7 @@ from extras import editing, guidance
 from files import pictures
 from files.atomic import atomic
 
-class Model:
-  """A trained model, and `draw`, Algorithm 2 by which a figure draws. n: its images or rows."""
+class Model:  # a trained model, and draw(), by which a figure of n rows draws with Algorithm 2
   def __init__(self, a:argparse.Namespace, n:int):
     self.path, self.net, self.ddpm, self.meta = sample.open_model(a)
     self.shape, self.classes = sample.image_shape(self.net), self.net.config["num_classes"]
@@ -29,22 +25,20 @@ class Model:
     self.times = sample.timesteps(self.ddpm.T, min(a.steps or self.ddpm.T, self.ddpm.T))
     sampler = functools.partial(sample.sample_ddpm, self.ddpm, seed=a.seed, clip=self.clip, jits={})
     self.draw = drawing(sampler, guidance.labelling(self.net, 1), a.batch)
-
   def save(self, a:argparse.Namespace, x:np.ndarray, columns:int):  # images in [-1, 1], row by row
     pictures.save_png(a.out, pictures.grid(data.to_uint8(x.reshape(-1, *self.shape)), columns))
+  def images(self, a:argparse.Namespace) -> np.ndarray:
+    return sample.open_images(a, "test", self.path, self.net, self.meta)[1].images
 
-def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:
-  """The bound of n test images, with 200 of its terms for each."""
+def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of n test images
   m = Model(a, n)
-  _, found = sample.open_images(a, "test", m.path, m.net, m.meta)
-  index = choose(len(found.images), m.n, a.seed, "evaluated images")
+  index = choose(len(found := m.images(a)), m.n, a.seed, "evaluated images")
   none = np.full(len(index), m.classes, np.int32) if m.classes else None
-  return m, evaluate.bound(m.ddpm, m.net, found.images[index], a.seed, 200, a.batch, m.clip, none,
+  return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, none,
                            "bound")
 
 def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
   """Section 4.3, Figure 5, from `bound`: (t, rate, distortion), the reverse process from its start.
-
   rate: bits/dim spent until x_t is known, L_T and the terms of all later times; distortion: the
   RMSE of x̂_0(x_t) on the scale 0..255. With strata a row averages over one."""
   spent = np.zeros(T + 2)                                  # the average image's term of each time
@@ -71,10 +65,10 @@ def table_4(a:argparse.Namespace):
   """Table 4: rate and distortion at every tenth of the reverse process."""
   m, b = measured(a, 64)
   T, rows = m.ddpm.T, rate_distortion(m.ddpm.T, b)
-  print(f"{'T − t + 1':>10}{'rate, bits/dim':>18}{'distortion, RMSE':>18}")
+  print("T − t + 1    rate, bits/dim  distortion, RMSE")
   for tenth in range(10, 0, -1):
     t, rate, distortion = rows[np.abs(T - rows[:, 0] + 1 - T * tenth / 10).argmin()]
-    print(f"{T - t + 1:>10.0f}{rate:>18.5f}{distortion:>18.5f}")
+    print(f"{T - t + 1:>9.0f}{rate:>18.5f}{distortion:>18.5f}")
 
 def figure_6(a:argparse.Namespace):
   """Figure 6: x̂_0 over time, a row for each image."""
@@ -105,12 +99,7 @@ def figure_8(a:argparse.Namespace):
   at = a.at or (m.ddpm.T if a.ddim else 500)
   if at > m.ddpm.T: raise ValueError(f"--at {at}: choose 1 to T = {m.ddpm.T}")
   if len(a.images or ()) % 2: raise ValueError("--images takes two files for each row")
-  if a.images: images = editing.read(a.images, m.shape, m.meta.get("how") or {})
-  else:
-    found = sample.open_images(a, "test", m.path, m.net, m.meta)[1].images
-    rng = stream(a.seed, "interpolated images")
-    images = found[rng.choice(len(found), min(2 * m.n, len(found) // 2 * 2), replace=False)]
-  x0 = data.scaled(images)
+  x0 = data.scaled(editing.read(a.images, m.shape, m.meta.get("how")) if a.images else pairs(a, m))
   n, lam = len(x0) // 2, np.linspace(0, 1, 11, dtype=np.float32).reshape(-1, 1, 1, 1)
   eps = normals([stream(a.seed, "latents", i) for i in range(2 * n)], m.shape)
   x_t = m.ddpm.q_sample(Tensor(x0), at, Tensor(eps)).numpy().reshape(n, 2, 1, *m.shape)
@@ -122,20 +111,21 @@ def figure_8(a:argparse.Namespace):
   x_0 = m.draw(mixed.reshape(-1, *m.shape), none, times, index=np.arange(n).repeat(11))[0][0]
   ends = x0.reshape(n, 2, 1, *m.shape)
   m.save(a, np.concatenate([ends[:, 0], x_0.reshape(n, 11, *m.shape), ends[:, 1]], 1), 13)
+def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # test images for Figure 8
+  x, rng = m.images(a), stream(a.seed, "interpolated images")
+  return x[rng.choice(len(x), min(2 * m.n, len(x) // 2 * 2), replace=False)]
 
 def table_2(a:argparse.Namespace):
   """Table 2 in miniature: what is predicted, with which loss and variance, in bits/dim."""
   name, steps = a.dataset or "glyphs", ["--steps", str(a.steps)] if a.steps else []
-  for row in ("mu vlb learned", "mu vlb beta", "mu simple beta",
-              "eps vlb learned", "eps vlb beta", "eps simple beta"):
-    predict, loss, sigma = row.split()
+  rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
+  for predict, (loss, sigma) in rows:
     out = f"runs/table2/{name}-{predict}-{loss}-{sigma}"
     train.main(["--dataset", name, "--out", out, "--predict", predict, "--loss", loss, "--sigma",
                 sigma, "--no-class-conditional", "--sample-every", "0", *steps])
-    asked = vars(a) | {"checkpoint": out, "dataset": name, "steps": None}
-    value, error = mean_error(measured(argparse.Namespace(**asked), 500)[1].total)
+    asked = argparse.Namespace(**vars(a) | {"checkpoint": out, "dataset": name, "steps": None})
+    value, error = mean_error(measured(asked, 500)[1].total)
     print(f"{predict:>4}  L_{loss:<7}  {sigma:>8}  {value:9.4f} ± {error:.4f} bits/dim")
-
 FIGURES:dict[str, Callable[[argparse.Namespace], None]] = {
   "5": figure_5, "6": figure_6, "7": figure_7, "8": figure_8, "table2": table_2, "table4": table_4}
 

@@ -132,7 +132,7 @@ def test_ode_density_of_a_gaussian():
   assert got.shape == (6,) and np.abs(np.expm1(got.numpy() - want)).max() < 0.01
 
 @pytest.mark.parametrize("s,start,steps", [
-  (0.25, 0.1, 100), (0.25, 0.003, 100), (1e-6, 2/255/12**0.5, 30), (1e-6, 0.05, 30)])
+  (0.25, 0.5, 100), (0.25, 0.1, 100), (0.25, 0.003, 100), (1e-6, 2/255/12**0.5, 30), (1e-6, 0.05, 30)])
 def test_ode_density_of_points_that_bear_noise(s, start, steps):
   """q(x) at the noise level is N(m √(1−start²), s² (1−start²) + start²), below t = 1 (where √(1−ᾱ) = 0.01) as well.
 

@@ -81,7 +81,7 @@ def work(part:str):
   from tinygrad import Device, nn
   let_threads_share()
   if part == "tests":
-    chosen = "dropout or fast and (convolution or linear or norm or attention)"
+    chosen = "test_dropout or fast and (convolution or linear or norm or attention)"
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_unet.py", "-k", chosen]))
   device = Device[open_device()]
   c = train.Config(batch=2, channels=8, channel_mult=(1, 2), num_res_blocks=1, attn=(4,), dropout=0.1, norm_groups=4,
