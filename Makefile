@@ -43,7 +43,12 @@ gallery: setup
 	@$(FIGURE) 5 --out assets/rate-distortion.png
 	@$(FIGURE) 6 --n 6 --out assets/progressive.png
 	@$(FIGURE) 8 --n 4 --out assets/interpolation.png
-	@rm -f assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
+	@$(PY) -c 'import data; from files import pictures as p; x = data.read("mnist", "test").images; m = x[0] * 0; m[:, 14:] = 255; \
+	  [p.save_png(f"runs/gallery/{name}.png", p.picture(v)) for name, v in (("7", x[0]), ("2", x[1]), ("mask", m))]'
+	@$(DRAW) --steps $$(($(STEPS)/4)) --inpaint runs/gallery/7.png --mask runs/gallery/mask.png --n 9 --out assets/inpaint.png
+	@$(DRAW) --steps $(STEPS) --from runs/gallery/7.png runs/gallery/2.png --at $$(($(STEPS)/2)) --n 9 --out assets/from.png
+	@$(DRAW) --steps $(STEPS) --encode runs/gallery/7.png runs/gallery/2.png --out assets/encode.png
+	@rm -rf runs/gallery assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
 
 setup: .venv/ready
 	@sh ./setup.sh $(PY)

@@ -34,7 +34,7 @@ class DDPM:
     Σ_θ: `out` has C channels more, log σ_t² of each pixel (as in the authors' code).
   predict: what the network answers, Table 2: "eps", ε; "mu", the mean μ_θ; "x0", x_0; or (not in
     the paper: Salimans & Ho 2022, arXiv:2202.00512) "v", √ᾱ ε − √(1−ᾱ) x_0.
-  times[t] is the time that the network is told: t itself, but for the shorter chains of `every`."""
+  times[t] is the time to tell the network, as sample.py does: t, but for the chains of `every`."""
   def __init__(self, T:int=1000, beta_1:float=1e-4, beta_T:float=0.02, schedule:str="linear",
                sigma:str="beta", predict:str="eps"):
     check(T, beta_1, beta_T, schedule=schedule, sigma=sigma, predict=predict)
@@ -46,13 +46,13 @@ class DDPM:
     """Every coefficient from β. A shorter chain has those steps of the `whole` one."""
     self.beta, self.alpha = beta, 1 - beta
     self.alpha_bar = np.cumprod(self.alpha)                                 # ᾱₜ = α₁ α₂ … αₜ
-    before, noise = np.append(1.0, self.alpha_bar[:-1]), 1 - self.alpha_bar # ᾱₜ₋₁, 1−ᾱₜ
+    noise = -np.expm1(np.cumsum(np.log1p(-beta)))                           # 1−ᾱₜ to every digit
+    left = np.append(0.0, noise[:-1])                                       # 1−ᾱₜ₋₁
     self.sqrt_alpha, self.sqrt_beta = np.sqrt(self.alpha), np.sqrt(beta)
     self.sqrt_alpha_bar, self.sqrt_noise = np.sqrt(self.alpha_bar), np.sqrt(noise)
     noise[0] = 1                                                            # row 0 divides by it
-    self.mu_x0 = np.sqrt(before) * beta / noise                             # Eq. 7: weights in μ̃
-    self.mu_xt = np.sqrt(self.alpha) * (1 - before) / noise
-    self.beta_tilde = (1 - before) / noise * beta
+    self.mu_x0 = np.sqrt(1 - left) * beta / noise                           # Eq. 7: weights in μ̃
+    self.mu_xt, self.beta_tilde = np.sqrt(self.alpha) * left / noise, left / noise * beta
     self.var = self.beta_tilde if self.sigma == "beta_tilde" else beta      # Section 3.2: σₜ²
     # L_0's variance cannot be β̃₁ = 0: it is β̃₂ (the authors' code), or β₁/2 where that is more
     least = max(self.beta_tilde[2], beta[1] / 2) if self.T > 1 else beta[1]
@@ -69,9 +69,9 @@ class DDPM:
   def every(self, times:Sequence[int]) -> DDPM:
     """The chain of n steps that visits only `times` = [T_0, ..., 0]: a DDPM whose ᾱ_i is the ᾱ of
     time τᵢ, with β_i = 1 − ᾱ_τᵢ/ᾱ_τᵢ₋₁ (not in the paper: Nichol & Dhariwal 2021)."""
-    i = np.array(times)[::-1]
+    i = np.atleast_1d(times)[::-1]
     if i.dtype.kind not in "iu" or len(i) < 2 or i[0] or i[-1] > self.T or (np.diff(i) < 1).any():
-      raise ValueError(f"the times must decrease from at most {self.T} to 0, not {list(times)}")
+      raise ValueError(f"the times must decrease from at most {self.T} to 0, not {i[::-1].tolist()}")
     if len(i) == self.T + 1: return self
     chain, a = copy.copy(self), self.alpha_bar[i]
     chain.T, chain.times = len(i) - 1, self.times[i]
@@ -167,7 +167,7 @@ class DDPM:
     """Eq. 12's factor β_t²/(2 σ_t² α_t (1−ᾱ_t)) of ‖ε − ε_θ‖² in L_{t-1}, np.float64. A learned
     σ_t² counts as β_t here, and β̃_1 = 0 as the variance of L_0."""
     var = self.beta_tilde_0 if self.sigma == "beta_tilde" else self.beta
-    return self.beta[t] ** 2 / (2 * var[t] * self.alpha[t] * (1 - self.alpha_bar[t]))
+    return self.beta[t] ** 2 / (2 * var[t] * self.alpha[t] * self.sqrt_noise[t] ** 2)
 
   # *** what the arguments mean ***
   def answer(self, x:Tensor, out:Tensor) -> Tensor:

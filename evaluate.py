@@ -31,7 +31,7 @@ def negative_log_likelihood(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable
   total = ddpm.prior_kl(x0)                                          # L_T
   for t in range(ddpm.T, 0, -1):                                     # L_{t-1}; at t = 1 L_0
     x_t = ddpm.q_sample(x0, t, noise(t))
-    total = total + ddpm.vlb_term(x0, x_t, t, model(x_t, t), clip)
+    total = (total + ddpm.vlb_term(x0, x_t, t, model(x_t, t), clip)).realize()
   return total
 
 class Bound(NamedTuple):  # in bits/dim

@@ -61,7 +61,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   authors' code, not in the paper). jits: a dict that keeps captured steps for the next call.
   ValueError for wrong steps, seeds, indices and options."""
   even = isinstance(steps, (int, np.integer))
-  times = timesteps(ddpm.T, int(steps)) if even else [int(t) for t in steps]  # type: ignore
+  times = timesteps(ddpm.T, int(steps)) if even else list(np.atleast_1d(steps))  # type: ignore
   if len(times) < 2: raise ValueError(f"a sampler needs two times or more, not {times}")
   last = 1 if times[-1] == 0 else 2  # times that end above 0 leave out the last step of the chain
   chain = ddpm.every(times if last == 1 else [*times, 0])

@@ -166,7 +166,7 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
   classes, null = found.classes if c.class_conditional else [], len(found.classes)
   ddpm = DDPM(**{k: getattr(c, k) for k in DIFFUSION})
   net = UNet(**network(c, found.images.shape, len(classes))) if model is None else model
-  objectives.check_data(net, found, classes)
+  objectives.check_data(c, net, found)
   state, about = State(net, DTYPES[c.dtype]), description(c, net, found) | {"how": how}
   fixed = folder.settings(c, about.get("unet"), found)
   with folder.claim(out):
@@ -194,7 +194,8 @@ NETWORK = {"attn": "attn_resolutions"} | {k: k for k in (              # and som
 def network(c:Config, shape:tuple[int, ...], classes:int) -> dict:
   """The arguments of `UNet` for images of a shape (N, C, H, W); what c does not say is --init's."""
   _, C, H, W = shape
-  more = checkpoint.load(checkpoint.find(c.init))[1]["unet"] if c.init else {}
+  more = {}
+  if c.init: more = checkpoint.load(folder.origin(c.out, c.init, c.restart))[1]["unet"]
   return more | {theirs: getattr(c, ours) for ours, theirs in NETWORK.items()} | dict(
     in_channels=C, image_size=H if H == W else (H, W), num_classes=classes, seed=c.seed,
     out_channels=2*C if c.sigma == "learned" else None)
@@ -230,7 +231,7 @@ def arguments(argv:list[str]|None=None) -> Config:
   given = vars(p.parse_args(argv))
   source = given.get("dataset", "glyphs")
   preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
-  if given.get("init"): preset |= of_checkpoint(given)
+  if given.get("init"): preset |= of_checkpoint(preset | given, given)
   of_eps = preset.get("predict", "eps") == "eps" and preset.get("sigma") != "learned"
   if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0
   c = Config(**preset | given)
@@ -238,10 +239,10 @@ def arguments(argv:list[str]|None=None) -> Config:
     c = dataclasses.replace(c, anneal=folder.annealed(Path(c.out), c.steps, c.anneal, c.restart))
   return c
 
-def of_checkpoint(given:dict) -> dict:
+def of_checkpoint(c:dict, given:dict) -> dict:
   """The network and the diffusion of --init's checkpoint. Says where the flags `given` differ."""
   open_device(given.get("tf32", False))
-  meta = checkpoint.load(checkpoint.find(given["init"]))[1]
+  meta = checkpoint.load(folder.origin(c["out"], c["init"], c.get("restart", False)))[1]
   found = {ours: meta["unet"][theirs] for ours, theirs in NETWORK.items()} | meta.get("ddpm", {})
   found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
   for k in [k for k in found if given.get(k, found[k]) != found[k]]:

@@ -190,7 +190,7 @@ def frequencies(half:int, shift:float, device:str|tuple[str, ...]) -> Tensor:
   with Context(CAPTURING=0): return Tensor(values, device=device).realize()
 def dropout(x:Tensor, p:float, seed:Tensor) -> Tensor:
   """x/(1−p), but 0 with probability p: where a hash of the image's seed and the place is small."""
-  place = Tensor.arange(x[0].numel(), dtype=dtypes.uint32).to(seed.device)
+  place = Tensor.arange(x[0].numel()).cast(dtypes.uint32).to(seed.device)
   h = place * 0x9E3779B1 ^ (seed.reshape(-1, 1) * 0x85EBCA77)
   for n, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): h = (h ^ (h >> n)) * factor
   return (h >= int(p * 2**32)).reshape(x.shape).where(x, 0) / (1-p)

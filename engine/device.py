@@ -1,6 +1,7 @@
 """The device a program runs on."""
 from __future__ import annotations
 import ctypes, os, shutil, sys
+from typing import Any
 from tinygrad import Device
 from tinygrad.helpers import ALLOW_TF32, DEV
 
@@ -17,7 +18,8 @@ def is_processor(device:str) -> bool:
   """Whether an OpenCL device is the processor itself, as PoCL's is, and no GPU."""
   from tinygrad.runtime.autogen import opencl as cl
   kind = ctypes.c_uint64()
-  cl.clGetDeviceInfo(Device[device].cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)  # type: ignore[attr-defined]
+  opened:Any = Device[device]
+  cl.clGetDeviceInfo(opened.cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
   return not kind.value & cl.CL_DEVICE_TYPE_GPU and bool(kind.value & cl.CL_DEVICE_TYPE_CPU)
 
 def open_device(tf32:bool=False) -> str:

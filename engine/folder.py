@@ -129,6 +129,11 @@ def begin(c, state:State, fixed:dict) -> tuple[int, float]:
     print(f"begins with the weights of {path}" + f"; {said}" * bool(said), file=sys.stderr)
   return 0, 0.0
 
+def origin(out:str|os.PathLike, init:str, restart:bool) -> str:
+  """The checkpoint that says what network a run with --init has: its own, if it has one already."""
+  last = Path(out, "last.safetensors")
+  return str(last) if last.exists() and not restart else checkpoint.find(init)
+
 def annealed(out:Path, steps:int, preset:int, restart:bool) -> int:
   """The step at which the learning rate reaches 0, where nobody said: the run's own end, else the last of the steps.
 

@@ -89,9 +89,10 @@ def check(c):
   if c.schedule == "cosine" and (c.beta_1, c.beta_T) != (1e-4, 0.02):
     raise ValueError("--schedule cosine has no use for --beta-1 and --beta-T")
 
-def check_data(net:Any, found:data.Dataset, classes:list[str]):
-  """ValueError for one class alone, and for a network that is a UNet for images of another shape than these."""
-  if len(classes) == 1: raise ValueError(f"there is but one class of images: {LAYOUTS}")
+def check_data(c, net:Any, found:data.Dataset):
+  """ValueError for one class alone, for floats where levels are needed, and for a UNet for images of another shape."""
+  if c.class_conditional and len(found.classes) == 1: raise ValueError(f"there is but one class of images: {LAYOUTS}")
+  if c.loss == "vlb" and found.limits: raise ValueError("--loss vlb needs images of 8 bits, not floats: L_0 is Eq. 13")
   if not isinstance(net, UNet): return
   own = net.config["in_channels"], *np.broadcast_to(net.config["image_size"], 2).tolist()
   if own != (shape := found.images.shape[1:]):

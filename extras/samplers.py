@@ -23,7 +23,8 @@ def denoise(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, clip:bool) -> tuple[Te
   return x0_hat, d.predict_eps(x_t, t, x0_hat)
 
 def within(name:str, value:float, low:float, high:float):
-  if not low <= value <= high: raise ValueError(f"{name} must be within {low}..{high}, not {value}")
+  if not isinstance(value, int | float | np.number) or not low <= value <= high:
+    raise ValueError(f"{name} must be within {low}..{high}, not {value!r}")
 
 def table(values:np.ndarray) -> Tensor: return Tensor(values.astype(np.float32)).realize()
 
@@ -94,8 +95,9 @@ def langevin(ddpm:DDPM, chain:DDPM, inner:int=5, r:float=0.2) -> Moves:
   α_i/2 of NCSN is r (1−ᾱ_t) here. NCSN has r = 0.1 and 100 steps at each of 10 levels of noise; more levels and fewer
   steps mix better with a larger r. As in NCSN, x is not rescaled between levels."""
   within("inner", inner, 1, 10**6)
+  if inner % 1: raise ValueError(f"inner must be a whole number, not {inner}")
   within("r", r, 1e-9, 1 - 1e-9)
-  return inner * [functools.partial(langevin_move, r=table(np.full(chain.T + 1, r)))], True
+  return int(inner) * [functools.partial(langevin_move, r=table(np.full(chain.T + 1, r)))], True
 
 def langevin_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool, r:Tensor):
   """x + δ ∇log q(x) + √(2δ) z with the step δ = r (1−ᾱ_t); t stays. r: a table, r[t]."""

@@ -57,7 +57,8 @@ def buffers_below(u:UOp) -> int:
   """The buffers below a node, one bit for each (the 4,097th has that of the first again)."""
   if u.op in (Ops.BUFFER, Ops.PARAM): return 1 << next(serial) % 4096
   below = 0
-  for s in u.src[1:] if u.op in (Ops.CALL, Ops.FUNCTION) else u.src: below |= s.buffers_below  # type: ignore[attr-defined]
+  sources = u.src[1:] if u.op in (Ops.CALL, Ops.FUNCTION) else u.src
+  for s in sources: below |= s.buffers_below  # type: ignore[attr-defined]
   return below
 
 class Below:
@@ -65,7 +66,8 @@ class Below:
   def __init__(self, node:UOp): self.node = node
   def __iter__(self) -> Iterator[UOp]: return iter(toposort(self.node, enter_calls=False))
   def __contains__(self, u:UOp) -> bool:  # never if there is a buffer below u that is not below the node
-    return not u.buffers_below & ~self.node.buffers_below and u in toposort(self.node, enter_calls=False)  # type: ignore[attr-defined]
+    if u.buffers_below & ~self.node.buffers_below: return False  # type: ignore[attr-defined]
+    return u in toposort(self.node, enter_calls=False)
 
 def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
   return Below(u) if gate is None and not enter_calls else toposort(u, gate, enter_calls)

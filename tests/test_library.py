@@ -6,7 +6,8 @@ from common import ROOT, TINY, arr, close, f32, refused, rng
 from engine.state import State
 from files import checkpoint
 from files.weights import read_tensors
-from test_train import IMAGES, LABELS, Affine, about, affine, cache, config, contents, fit, losses, saved_step  # noqa: F401
+from test_train import IMAGES, LABELS, Affine, about, affine, cache, config  # noqa: F401
+from test_train import contents, fit, losses, saved_step
 from tinygrad import Tensor, nn
 from tinygrad.helpers import TRAINING
 import data, evaluate, sample, train
@@ -207,6 +208,10 @@ def test_arrays_of_all_kinds(tmp_path, monkeypatch, images, shape):
   x = data.scaled(seen[0].x)
   assert x.shape == (8, *shape) and x.min() >= -1 and x.max() <= 1 and x.max() - x.min() > 1.5
   assert (tmp_path/"samples.png").exists() and about(tmp_path/"ema.safetensors")["dataset"] is None
+
+def test_the_bound_needs_levels(tmp_path):
+  refused(lambda: fit(tmp_path/"run", IMAGES / 7, loss="vlb"), "--loss vlb", "8 bits")
+  assert not (tmp_path/"run").exists()
 
 @pytest.mark.parametrize("images,labels,words", [
   (np.zeros((0, 1, 8, 8), np.uint8), None, "shape"), (IMAGES.astype(object), None, "uint8 or floats"),

@@ -506,6 +506,16 @@ def test_what_no_flag_says_is_the_checkpoints(tmp_path, monkeypatch):
   assert (c.T, c.predict, c.min_snr, c.channels, c.channel_mult, c.attn) == (30, "v", 0.0, 8, (1,), ())
   assert train.network(c, (1, 1, 8, 8), 0) == {**net.config}
 
+def test_a_run_goes_on_without_the_checkpoint_that_it_began_with(tmp_path, whole, images):
+  shutil.copytree(whole[1], tmp_path/"first")
+  flags = ["--batch", "4", "--sample-every", "0", "--dataset", str(images), "--out", str(tmp_path/"b"),
+           "--init", str(tmp_path/"first")]
+  train.main([*flags, "--steps", "1"])
+  shutil.rmtree(tmp_path/"first")
+  train.main([*flags, "--steps", "2"])
+  assert saved_step(tmp_path/"b") == 2
+  refused(lambda: train.arguments([*flags, "--restart"]), "first")
+
 # *** programs that are stopped ***
 
 OWN = """if True:
