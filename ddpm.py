@@ -71,7 +71,7 @@ class DDPM:
     time τᵢ, with β_i = 1 − ᾱ_τᵢ/ᾱ_τᵢ₋₁ (not in the paper: Nichol & Dhariwal 2021)."""
     i = np.atleast_1d(times)[::-1]
     if i.dtype.kind not in "iu" or len(i) < 2 or i[0] or i[-1] > self.T or (np.diff(i) < 1).any():
-      raise ValueError(f"the times must decrease from at most {self.T} to 0, not {i[::-1].tolist()}")
+      raise ValueError(f"the times must decrease from at most {self.T} to 0, not {times}")
     if len(i) == self.T + 1: return self
     chain, a = copy.copy(self), self.alpha_bar[i]
     chain.T, chain.times = len(i) - 1, self.times[i]

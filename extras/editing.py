@@ -51,7 +51,7 @@ def ddim_encode(ddpm:DDPM, model:Callable, x0:Tensor, times:Sequence[int], round
   """The x_t from which DDIM (η = 0, unclipped) draws x_0 along times = [t, ..., 0]: Song, Meng, Ermon 2021
   (arXiv:2010.02502), Section 4.3.
 
-  A step up solves DDIM's Eq. 12 for x_t, with ε̂ of x_t: (x_t − √(1−ᾱ_t) ε̂)/√ᾱ_t = (x_{t−1} − √(1−ᾱ_{t−1}) ε̂)/√ᾱ_{t−1}
+  A step up solves DDIM's Eq. 12 for x_t, with ε̂ of x_t: (x_t−√(1−ᾱ_t) ε̂)/√ᾱ_t = (x_{t−1}−√(1−ᾱ_{t−1}) ε̂)/√ᾱ_{t−1}
   It begins at x_{t−1} and takes ε̂ of what it finds, `rounds` times; the model is never asked about time 0."""
   chain = ddpm.every(times)
   told = Tensor(chain.times.astype(np.int32)).realize()
