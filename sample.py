@@ -116,12 +116,12 @@ def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
 def open_images(a:argparse.Namespace, split:str, path:str, net:UNet,
                 meta:dict) -> tuple[str, data.Dataset]:
   """The name and the images of --dataset, or of what the model was trained on, read as then.
-
   ValueError unless they fit the network."""
-  name, how, shape = a.dataset or meta.get("dataset"), meta.get("how"), image_shape(net)
+  name, own, shape = a.dataset or meta.get("dataset"), meta.get("dataset") or "", image_shape(net)
   if not name: raise ValueError(f"{path} does not name its images: say which by --dataset")
-  if how is None or name != meta.get("dataset"): how = {"size": shape[1:]}
-  found = data.read(name, split, a.data_dir, **({} if name in data.DATASETS else how))
+  how:dict = {} if name in data.DATASETS else {"size": shape[1:]}
+  if os.path.normpath(name) == os.path.normpath(own): how = meta.get("how", how)
+  found = data.read(name, split, a.data_dir, **how)
   if found.images.shape[1:] == shape: return name, found
   raise ValueError(f"the images of {name} are {found.images.shape[1:]}, those of {path} {shape}")
 

@@ -1,6 +1,6 @@
 """The device a program runs on."""
 from __future__ import annotations
-import ctypes, os, shutil, sys
+import contextlib, ctypes, os, shutil, sys, threading
 from typing import Any
 from tinygrad import Device
 from tinygrad.helpers import ALLOW_TF32, DEV
@@ -29,6 +29,10 @@ def open_device(tf32:bool=False) -> str:
   tf32: NVIDIA's tensor cores may round the operands of float32 products to 10 bits.
   tinygrad's CPU device is preferred to an OpenCL device that is the processor itself, because it starts sooner.
   RuntimeError, in one sentence, if there is no device, $DEV names one that is not there, or its compiler is missing."""
+  if threading.current_thread() is not threading.main_thread():
+    with contextlib.suppress(ImportError):
+      from fast import threads
+      threads.install()
   if tf32: os.environ["ALLOW_TF32"], ALLOW_TF32.value = "1", 1
   asked, compiler = os.environ.get("DEV", ""), find_compiler()
   # no user can act on the warnings of a kernel's compiler: clang, also inside of PoCL

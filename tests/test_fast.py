@@ -248,7 +248,7 @@ def test_no_warning_of_the_compiler_is_seen(plain, tmp_path):
   env = compiler(tmp_path, 'set -- -Weverything "$@"')
   p = start(STEP, **env, PLAIN=plain)
   out, err = p.communicate(timeout=300)
-  assert out == "(2, 8, 8, 8)\n" and err == "device: CPU\n", err
+  assert out == "(2, 8, 8, 8)\n" and err.startswith("device: CPU\n") and "warning" not in err, err
   p = start("from tinygrad import Tensor; Tensor([1.5]).sin().tolist()", **env | {"CACHEDB": str(tmp_path/"other.db")})
   assert "warning" in p.communicate(timeout=100)[1]  # the script does bring some
 

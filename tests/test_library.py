@@ -254,7 +254,6 @@ def in_a_thread(call):
   thread.join()
   return found[0]
 
-@pytest.mark.xfail(reason="tinygrad's connection to its cache of kernels belongs to the thread that opened it")
 def test_training_in_a_thread(tmp_path):
   """As notebooks and Gradio do: no signals are set, and another thread has opened tinygrad's cache of kernels."""
   def train_there(name): return fit(tmp_path/name, IMAGES[:, :, :, :5], model=affine((1, 8, 5)), steps=2)
