@@ -64,7 +64,7 @@ def open_tensors(path:str|os.PathLike) -> tuple[Readers, dict[str, str]]:
 def read_tensor(f:BinaryIO, start:int, size:int, dtype:str, shape:list[int]) -> np.ndarray:
   """One tensor of an open file; bfloat16 as float32, which numpy knows."""
   f.seek(start)
-  data = f.read(size)
+  data = bytearray(f.read(size))  # not bytes: OpenCL takes a buffer only if it can be written to
   if len(data) != size: raise ValueError(f"{f.name} was cut off while it was read")
   v:np.ndarray = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
   return (v.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else v
