@@ -4,7 +4,7 @@ import functools, hashlib, importlib.metadata, itertools, pathlib, sys, time
 from collections.abc import Callable, Iterator
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
 from tinygrad import Device, helpers
-from tinygrad.uop.ops import CallInfo, Ops, UOp, recursive_property
+from tinygrad.uop.ops import CallInfo, Ops, PatternMatcher, UOp, UPat, recursive_property
 
 class Kept(dict):
   """A dict of tinygrad's that lives as long as the process, kept in tinygrad's cache on the disk as well.
@@ -72,6 +72,8 @@ class Below:
 def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
   return Below(u) if gate is None and not enter_calls else toposort(u, gate, enter_calls)
 
+def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_linear(function)
+
 @functools.cache
 def changes() -> list[tuple]:
   """What `scope` changes, so that a second program starts in 2.4 s instead of 16. tinygrad's own caches of schedules
@@ -85,4 +87,6 @@ def changes() -> list[tuple]:
     # tinygrad's own text holds an address, and so would make another key each time
     (CallInfo, "__repr__", lambda c: f"CallInfo({c.name!r}, {c.precompile}, {c.precompile_backward})"),
     (tinygrad.schedule, "schedule_cache", Kept("ddpm_schedules")),
+    # tinygrad's own pattern copies the module's globals at its first use, and so would not see what is changed in them
+    (tinygrad.schedule, "pm_schedule", PatternMatcher([(UPat(Ops.SINK, name="function"), lower)])),
     (tinygrad.codegen, "to_program_cache", programs), (tinygrad.engine.realize, "to_program_cache", programs)]
