@@ -148,7 +148,7 @@ class DDPM:
     same_shape(x0=x0, out=(out := self.answer(x0, out)))
     return (self.target(x0, x_t, t, eps) - out).square().flatten(1).mean(1)
   def target(self, x0:Tensor, x_t:Tensor, t:Time, eps:Tensor) -> Tensor:
-    """What the network should answer: ε (Eq. 14), μ̃ (Eq. 8), x_0 or v, as `predict` says."""
+    """What the network should answer: ε (Eq. 14), μ̃ (Eq. 8, 9, 10), x_0 or v, see `predict`."""
     if self.predict == "eps": return eps
     if self.predict == "x0": return x0
     if self.predict == "mu": return self.q_posterior(x0, x_t, t)[0]

@@ -1,5 +1,5 @@
 """What fast/ does to tinygrad: all cores, the quick start, and that none of it is needed or stays behind."""
-import ctypes, os, shutil, signal, subprocess, sys, time
+import contextlib, ctypes, os, shutil, signal, sqlite3, subprocess, sys, time
 import numpy as np
 import pytest
 import unet
@@ -369,3 +369,18 @@ def test_kept_schedules_know_the_kernels_code(tmp_path):
   with open(tmp_path/"fast"/"kernels.py", "a") as f: f.write("\n# edited\n")
   edited = call()
   assert edited[0] == "True" and edited[1:] == first[1:]
+
+@with_clang
+def test_schedules_of_captured_steps_are_kept_also_after_steps_of_ones_own(tmp_path):
+  """tinygrad's pattern copies its module's globals at its first use, which here is not within a captured step."""
+  program = """if True:
+    from tinygrad import Tensor
+    from engine.capture import captured
+    x = (Tensor([1.0, 2.0]).realize() + 1).realize()
+    print(captured(lambda x: (x * 2 + 1).realize())(x).tolist())"""
+  env = os.environ | {"CACHEDB": str(tmp_path/"c.db"), "DEV": "CPU", "PLAIN": "0"}
+  p = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+  assert p.stdout == "[5.0, 7.0]\n", p.stderr
+  with contextlib.closing(sqlite3.connect(tmp_path/"c.db")) as db:
+    names = [n for n, in db.execute("select name from sqlite_master where name like 'ddpm_schedules%'")]
+    assert [db.execute(f"select count(*) from '{n}'").fetchone()[0] > 0 for n in names] == [True]
