@@ -213,7 +213,7 @@ def test_a_file_is_read_one_tensor_at_a_time(tmp_path):
   fill(model, readers, "a")
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert peak < 3 * 800_000
+  assert peak < 4 * 800_000  # of eight: one in the file's bytes, one as an array, and what tinygrad keeps beside them
   for k, v in tensors.items(): assert np.array_equal(getattr(model, k).numpy(), v)
 
 def test_damaged_checkpoints_are_read_right_or_refused(tmp_path):
