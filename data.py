@@ -116,7 +116,8 @@ def levels(x:Any) -> np.ndarray:
   """Images as uint8 (n, C, H, W), from those or their levels k / 127.5 - 1, an array or a Tensor.
 
   ValueError for anything else: the decoder of Eq. 13 is for 256 levels."""
-  x = np.asarray(x.numpy() if hasattr(x, "numpy") else x)
+  if hasattr(x, "numpy"): x = x.numpy()
+  x = np.asarray(x)
   if x.ndim != 4 or 0 in x.shape:
     raise ValueError(f"x0 must be images (n, C, H, W), not of shape {x.shape}")
   if x.dtype == np.uint8: return x

@@ -23,7 +23,6 @@ from files.atomic import atomic
 from sample import check_places, model_flags, open_images, open_model
 
 # *** Eq. 5 ***
-
 def negative_log_likelihood(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable[[int], Tensor],
                             clip:bool=True) -> Tensor:
   """−log p_θ(x_0) from above, Eq. 5: L_T + Σ_{t>1} L_{t-1} + L_0 of each image, (B,) bits/dim.
@@ -61,7 +60,8 @@ def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t
   terms_of = captured(step)
   def terms(k:np.ndarray, tick:Callable) -> np.ndarray:
     i, j = np.divmod(k, t.shape[1])
-    eps, y = noise(seed, i, t[i, j], x0.shape[1:]), None if labels is None else labels[i]
+    eps = noise(seed, i, t[i, j], x0.shape[1:])
+    y = None if labels is None else labels[i]
     found = terms_of(*tensors(data.scaled(x0[i]), t[i, j], eps, y)).numpy()
     tick(1)
     return found.astype(np.float64)
@@ -91,7 +91,6 @@ def noise(seed:int, i:np.ndarray, t:np.ndarray|int, shape:tuple[int, ...]) -> np
   return np.stack([rng.standard_normal(shape, np.float32) for rng in draws])
 
 # *** Eq. 3 ***
-
 class Trajectories(NamedTuple):
   eq3:np.ndarray      # (n,) bits/dim
   sampled:np.ndarray  # (n, T+1) log q(x_{t-1}|x_t,x_0)/p_θ(x_{t-1}|x_t), t = 1..T, and L_T's draw
@@ -111,7 +110,8 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
     return tuple(v.realize() for v in (mean, mean * 0 + var, ddpm.vlb_term(x0, x_t, t, out, clip)))
   ask = captured(step)
   def walk(i:np.ndarray, tick:Callable) -> np.ndarray:
-    start, y = data.scaled(x0[i]).astype(np.float64), None if labels is None else labels[i]
+    start = data.scaled(x0[i]).astype(np.float64)
+    y = None if labels is None else labels[i]
     x, eq3, sampled, kl = start, np.zeros(len(i)), [], []
     for t in range(1, ddpm.T + 1):
       eps = noise(seed, i, t, x0.shape[1:])
@@ -137,7 +137,6 @@ def log_normal(x:np.ndarray, mean:np.ndarray|float, var:np.ndarray|float) -> np.
   return nats.reshape(len(x), -1).mean(1, dtype=np.float64) / math.log(2)
 
 # *** the command ***
-
 def arguments(argv:list[str]|None) -> argparse.Namespace:
   p = parser("evaluate.py", "Bits/dim of images under a model, and more.")
   model_flags(add := p.add_argument)
@@ -211,7 +210,8 @@ def main(argv:list[str]|None=None):
   if outside: result["against"] = report_against(b.total, outside)
   if a.ode: result["ode"] = report_ode(a, ddpm, net, images, labels)
   if a.naive:
-    x0, y = images[:1].repeat(a.naive, 0), None if labels is None else labels[:1].repeat(a.naive)
+    y = None if labels is None else labels[:1].repeat(a.naive)
+    x0 = images[:1].repeat(a.naive, 0)
     drawn = trajectory_bound(ddpm, net, x0, labels=y, desc="trajectories", **common)
     result["naive"] = report_naive(index[0], drawn)
   if a.json and not hosts.rank():

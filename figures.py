@@ -33,9 +33,8 @@ class Model:  # a trained model, and draw(), by which a figure of n rows draws w
 def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of n test images
   m = Model(a, n)
   index = choose(len(found := m.images(a)), m.n, a.seed, "evaluated images")
-  none = np.full(len(index), m.classes, np.int32) if m.classes else None
-  return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, none,
-                           "bound")
+  y = np.full(len(index), m.classes, np.int32) if m.classes else None
+  return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, y, "bound")
 
 def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
   """Section 4.3, Figure 5, from `bound`: (t, rate, distortion), the reverse process from its start.
@@ -44,8 +43,7 @@ def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
   spent = np.zeros(T + 2)                                  # the average image's term of each time
   np.add.at(spent, b.t, b.L * b.weight / len(b.t))
   later = b.L_T.mean() + np.array([spent[t + 1:].sum() for t in range(T + 1)])
-  rows = b.t.mean(0), later[b.t].mean(0), 127.5 * np.sqrt(b.mse_x0.mean(0))
-  return np.stack(rows, 1)[::-1]
+  return np.stack([b.t.mean(0), later[b.t].mean(0), 127.5 * np.sqrt(b.mse_x0.mean(0))], 1)[::-1]
 
 def figure_5(a:argparse.Namespace):
   """Figure 5: distortion and rate against the steps T−t, and distortion against rate."""
@@ -99,7 +97,7 @@ def figure_8(a:argparse.Namespace):
   at = a.at or (m.ddpm.T if a.ddim else 500)
   if at > m.ddpm.T: raise ValueError(f"--at {at}: choose 1 to T = {m.ddpm.T}")
   if len(a.images or ()) % 2: raise ValueError("--images takes two files for each row")
-  x0 = data.scaled(editing.read(a.images, m.shape, m.meta.get("how")) if a.images else pairs(a, m))
+  x0 = data.scaled(pairs(a, m))
   n, lam = len(x0) // 2, np.linspace(0, 1, 11, dtype=np.float32).reshape(-1, 1, 1, 1)
   eps = normals([stream(a.seed, "latents", i) for i in range(2 * n)], m.shape)
   x_t = m.ddpm.q_sample(Tensor(x0), at, Tensor(eps)).numpy().reshape(n, 2, 1, *m.shape)
@@ -111,13 +109,15 @@ def figure_8(a:argparse.Namespace):
   x_0 = m.draw(mixed.reshape(-1, *m.shape), none, times, index=np.arange(n).repeat(11))[0][0]
   ends = x0.reshape(n, 2, 1, *m.shape)
   m.save(a, np.concatenate([ends[:, 0], x_0.reshape(n, 11, *m.shape), ends[:, 1]], 1), 13)
-def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # test images for Figure 8
+def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test images, for Figure 8
+  if a.images: return editing.read(a.images, m.shape, m.meta.get("how"))
   x, rng = m.images(a), stream(a.seed, "interpolated images")
   return x[rng.choice(len(x), min(2 * m.n, len(x) // 2 * 2), replace=False)]
 
 def table_2(a:argparse.Namespace):
   """Table 2 in miniature: what is predicted, with which loss and variance, in bits/dim."""
-  name, steps = a.dataset or "glyphs", ["--steps", str(a.steps)] if a.steps else []
+  name = a.dataset or "glyphs"
+  steps = ["--steps", str(a.steps)] if a.steps else []
   rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
   for predict, (loss, sigma) in rows:
     out = f"runs/table2/{name}-{predict}-{loss}-{sigma}"

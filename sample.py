@@ -5,8 +5,7 @@
 
 SAMPLERS[name](ddpm, model, x_T, steps, seed=0, ...) is an iterator over (t, x_t, x̂_0): the time at
 which a step arrived, the image there, and the x_0 that the model saw. The first step leaves T, the
-last one arrives at 0. What is wrong with the arguments is said at the call.
-"""
+last one arrives at 0. What is wrong with the arguments is said at the call."""
 from __future__ import annotations
 import argparse, functools, inspect, math, os, sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,6 @@ def draw_x_T(n:int, shape:tuple[int, ...], seed:int, first:int=0) -> Tensor:
   return Tensor(normals([stream(seed, "x_T", i) for i in range(first, first + n)], shape)).realize()
 
 # *** Algorithm 2 ***
-
 def ancestral(ddpm:DDPM, chain:DDPM) -> Moves:
   """The paper's own sampler: one move, which needs noise."""
   return [ancestral_move], True
@@ -63,8 +61,9 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   even = isinstance(steps, (int, np.integer))
   times = timesteps(ddpm.T, int(steps)) if even else list(np.atleast_1d(steps))  # type: ignore
   if len(times) < 2: raise ValueError(f"a sampler needs two times or more, not {times}")
-  last = 1 if times[-1] == 0 else 2  # times that end above 0 leave out the last step of the chain
-  chain = ddpm.every(times if last == 1 else [*times, 0])
+  whole = times if times[-1] == 0 else [*times, 0]
+  last = 1 + len(whole) - len(times)  # times that end above 0 leave out the last step of the chain
+  chain = ddpm.every(whole)
   for name in set(options) - set(inspect.signature(moves).parameters):
     raise ValueError(f"the sampler {moves.__name__} has no option {name!r}")
   made, noisy = moves(ddpm, chain, **options)
@@ -88,8 +87,8 @@ def on_device(move:Callable, chain:DDPM, model:Callable, clip:bool, jits:dict|No
   """A move as one captured step, from x_t, the chain's t and the noise z to x_{t-1} and x̂_0."""
   told = Tensor(chain.times.astype(np.int32)).realize()
   def network(x:Tensor, t:Tensor) -> Tensor: return model(x, told.to(x.device)[t])
-  def step(x_t:Tensor, t:Tensor, *z:Tensor) -> tuple[Tensor, ...]:
-    return move(chain, network, x_t, t, z[0] if z else None, clip)
+  def step(x_t:Tensor, t:Tensor, z:Tensor|None=None) -> tuple[Tensor, ...]:
+    return move(chain, network, x_t, t, z, clip)
   jit = captured(step, jits, key)
   def call(x_t:Tensor, t:int, z:np.ndarray|None) -> list[Tensor]:
     given = [placed(np.full(x_t.shape[0], t, np.int32), str(x_t.device))]
@@ -103,7 +102,6 @@ SAMPLERS:dict[str, Callable[..., Visits]] = {"ddpm": sample_ddpm} | {
   name: functools.partial(sample_ddpm, moves=moves) for name, moves in MOVES.items()}
 
 # *** a trained model ***
-
 def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
   hosts.take_device(open_device(a.tf32))
@@ -132,7 +130,6 @@ def image_shape(net:UNet) -> tuple[int, int, int]:
   return net.config["in_channels"], H, W
 
 # *** the command ***
-
 def model_flags(add:Callable):
   """The flags of every program that opens a trained model."""
   add("--checkpoint", help="file, run's folder, or name on the hub (default: the newest of runs/)")
@@ -194,7 +191,8 @@ def main(argv:list[str]|None=None):
   options = {} if a.eta is None else {"eta": a.eta}
   sampler = functools.partial(SAMPLERS[a.sampler], ddpm, seed=a.seed, jits={}, **options,
                               clip=meta.get("clip", True) and not a.no_clip)
-  labelled = labelling(net, 1 if a.guidance is None else a.guidance, meta.get("null_class", True))
+  guidance = 1 if a.guidance is None else a.guidance
+  labelled = labelling(net, guidance, meta.get("null_class", True))
   if editing.edit(a, ddpm, sampler, labelled, image_shape(net), meta, labels, times): return
   draw = drawing(sampler, labelled, a.batch)
   print(f"{path}: {a.sampler}, {len(times) - 1} steps", file=sys.stderr)
@@ -202,10 +200,12 @@ def main(argv:list[str]|None=None):
   size = math.ceil(n / math.ceil(n / min(a.batch, math.ceil(n / hosts.size()))))
   def batch(start:int) -> tuple[np.ndarray, np.ndarray]:  # the images, and what is shown of them
     x_T = draw_x_T(size, image_shape(net), a.seed, a.first + start).numpy()
-    i, keep = np.arange(start, start + size), seen if start < parts.SHOWN else [0]
+    i = np.arange(start, start + size)
+    keep = seen if start < parts.SHOWN else [0]
     out = draw(x_T, labels[i % n], times, keep, a.first + i, f"images {start + 1} on, of {n}")
-    movie = [x[:n - start] for x in (x_T, *(out[t][0] for t in sorted(out, reverse=True)))]
-    return data.unscaled(movie[-1], meta.get("limits")), np.stack([*map(data.to_uint8, movie)])
+    shown = [x_T, *(out[t][0] for t in sorted(out, reverse=True))]
+    movie = np.stack([data.to_uint8(x[:n - start]) for x in shown])
+    return data.unscaled(shown[-1][:n - start], meta.get("limits")), movie
   facts = {k: v for k, v in vars(a).items() if k not in ("checkpoint", "batch", "out", "npz")}
   place = parts.place(a.npz or a.png or a.out, net, meta, labels, size, facts)
   if hosts.rank() == 0: parts.check(place, a.png, range(a.first, a.first + n))

@@ -87,7 +87,6 @@ PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 OTHERS = dict(steps=100_000, batch=32, channels=64, warmup=1000)
 
 # *** Algorithm 1 ***
-
 class Batch(NamedTuple):
   x:np.ndarray      # x_0 (B, C, H, W), uint8 or, of images of floats, in [-1, 1]
   t:np.ndarray      # (B,) int32
@@ -148,7 +147,6 @@ def make_update(state:State, c:Config) -> Callable[[Tensor], Tensor]:
   return captured(update)
 
 # *** a run ***
-
 def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Path:
   """Algorithm 1: trains a network on images and returns the run's folder. Called again, it goes on.
 
@@ -163,11 +161,12 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
   multiple = 2**(len(c.channel_mult) - 1) if model is None else 1
   how:dict[str, Any] = {"size": c.image_size, "fit": c.fit, "mode": c.mode, "multiple": multiple}
   found, out = data.read(images, "train", c.data_dir, labels=labels, **how), Path(c.out)
-  classes, null = found.classes if c.class_conditional else [], len(found.classes)
+  classes = found.classes if c.class_conditional else []
   ddpm = DDPM(**{k: getattr(c, k) for k in DIFFUSION})
   net = UNet(**network(c, found.images.shape, len(classes))) if model is None else model
   objectives.check_data(c, net, found)
-  state, about = State(net, DTYPES[c.dtype]), description(c, net, found) | {"how": how}
+  about = description(c, net, found, classes) | {"how": how}
+  state, null = State(net, DTYPES[c.dtype]), len(found.classes)
   fixed = folder.settings(c, about.get("unet"), found)
   with folder.claim(out):
     begun, smooth = folder.begin(c, state, fixed)
@@ -196,14 +195,15 @@ def network(c:Config, shape:tuple[int, ...], classes:int) -> dict:
   _, C, H, W = shape
   more = {}
   if c.init: more = checkpoint.load(folder.origin(c.out, c.init, c.restart))[1]["unet"]
+  size = H if H == W else (H, W)
+  out_channels = 2*C if c.sigma == "learned" else None
   return more | {theirs: getattr(c, ours) for ours, theirs in NETWORK.items()} | dict(
-    in_channels=C, image_size=H if H == W else (H, W), num_classes=classes, seed=c.seed,
-    out_channels=2*C if c.sigma == "learned" else None)
+    in_channels=C, image_size=size, num_classes=classes, seed=c.seed, out_channels=out_channels)
 
-def description(c:Config, net:Any, found:data.Dataset) -> dict:
+def description(c:Config, net:Any, found:data.Dataset, classes:list[str]) -> dict:
   """What a checkpoint says of itself."""
   about = {"ddpm": {k: getattr(c, k) for k in DIFFUSION}, "dataset": c.dataset,
-           "limits": found.limits, "classes": found.classes if c.class_conditional else []}
+           "limits": found.limits, "classes": classes}
   return about | ({"unet": net.config} if type(net) is UNet else {})
 
 def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],
@@ -222,7 +222,6 @@ def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],
   return show
 
 # *** the command ***
-
 def arguments(argv:list[str]|None=None) -> Config:
   """The command line, filled up from --init's checkpoint and from the dataset's preset."""
   p = parser("train.py", "Train a DDPM (Algorithm 1). Run again to go on. Defaults: the dataset's "
