@@ -5,7 +5,7 @@
 Images are uint8 (n, C, H, W), and every result is divided by their D = C·H·W dimensions. The noise
 of image i at time t has a stream of its own, so no result depends on the size of the batches."""
 from __future__ import annotations
-import argparse, json, math, sys
+import argparse, math, sys
 from collections.abc import Callable
 from typing import NamedTuple
 import numpy as np
@@ -17,9 +17,9 @@ from engine.batches import choose, geometric, in_batches, mean_error, tensors
 from engine.capture import captured
 from engine.streams import stream
 from engine.terminal import number, parser, table
+from extras import quality
 from extras.likelihood import report_ode
-from extras.quality import compare_samples, contrast, report_against, report_naive
-from files.atomic import atomic
+from files.atomic import write_json
 from sample import check_places, model_flags, open_images, open_model
 
 # *** Eq. 5 ***
@@ -150,12 +150,12 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--json", metavar="FILE", help="all numbers")
   add("--naive", type=number(int, 2), metavar="N", help="Eq. 3 on N trajectories of one image")
   add = p.add_argument_group("not in the paper").add_argument
-  add("--against", nargs="+", default=[], metavar="SET", help="inverted, shifted, or a dataset")
-  add("--samples", metavar="FILE.npz", help="only compare these samples with the images")
+  quality.flags(add)
   add("--ode", type=number(int, 1), metavar="STEPS", help="also by the probability-flow ODE")
   add("--ode-levels", action="store_true", help="--ode knows of the 256 levels from -1 to 1")
   a = p.parse_args(argv)
   check_places(a.json)
+  if (a.lenet or a.nearest) and not a.samples: p.error("--lenet, --nearest: add --samples FILE.npz")
   return a
 
 def labels_of(a:argparse.Namespace, labels:np.ndarray, classes:int, null:bool) -> np.ndarray|None:
@@ -185,7 +185,7 @@ def report_bound(T:int, b:Bound, how:str) -> dict:
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)
-  if a.samples: return compare_samples(a)
+  if a.samples: return quality.compare_samples(a)
   path, net, ddpm, meta = open_model(a)
   if a.samples_t is None: a.samples_t = min(20, ddpm.T - 1)
   if max(a.samples_t, a.ode or 0) > ddpm.T: raise ValueError(f"this model has but {ddpm.T} times")
@@ -201,20 +201,19 @@ def main(argv:list[str]|None=None):
     y = None if labels is None else labels[:len(x0)]
     return bound(ddpm, net, x0, samples_t=a.samples_t or None, labels=y, desc=desc, **common)
   print(f"{name} ({a.split}), {len(images)} images of {D} dimensions, under {path}")
-  others = {s: contrast(s, images, a.split, a.seed, a.data_dir) for s in a.against}
+  others = {s: quality.contrast(s, images, a.split, a.seed, a.data_dir) for s in a.against}
   b = measure(images, "bound")
   result = report_bound(ddpm.T, b, how) | common | dict(
     dims=D, n=len(images), T=ddpm.T, checkpoint=str(path), raw=a.raw, step=meta.get("step"),
     dataset=name, split=a.split, labels=a.labels, index=index.tolist())
   outside = {s: measure(other, s).total for s, other in others.items()}
-  if outside: result["against"] = report_against(b.total, outside)
+  if outside: result["against"] = quality.report_against(b.total, outside)
   if a.ode: result["ode"] = report_ode(a, ddpm, net, images, labels)
   if a.naive:
     y = None if labels is None else labels[:1].repeat(a.naive)
     x0 = images[:1].repeat(a.naive, 0)
     drawn = trajectory_bound(ddpm, net, x0, labels=y, desc="trajectories", **common)
-    result["naive"] = report_naive(index[0], drawn)
-  if a.json and not hosts.rank():
-    with atomic(a.json) as f: f.write(json.dumps(result, indent=1, default=float).encode() + b"\n")
+    result["naive"] = quality.report_naive(index[0], drawn)
+  if a.json and not hosts.rank(): write_json(a.json, result)
 
 if __name__ == "__main__": hosts.run(main)

@@ -1,14 +1,24 @@
-"""How samples and outliers are told from images, without another network. evaluate.py's --against and --samples."""
+"""How samples and outliers are told from images. evaluate.py's --against and --samples."""
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 import numpy as np
 from PIL import Image
 import data
 from engine.batches import choose, mean_error
 from engine.device import open_device
 from engine.streams import stream
-from engine.terminal import table
+from engine.terminal import number, table
+from extras import lenet
 from files import checkpoint
+from files.atomic import write_json
 from files.pictures import picture
+
+def flags(add:Callable):
+  add("--against", nargs="+", default=[], metavar="SET", help="inverted, shifted, or a dataset")
+  add("--samples", metavar="FILE.npz", help="only compare these samples with the images")
+  add("--lenet", action="store_true", help="--samples by three LeNets, trained on the images' classes (some minutes)")
+  add("--nearest", type=number(int, 1, 64), metavar="K", help="--samples: picture K and the nearest training images")
 
 # *** outliers ***
 
@@ -47,9 +57,10 @@ def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int
   return float(np.sqrt(np.square(along(a) - along(b)).mean()))
 
 def compare_samples(a:argparse.Namespace):
-  """--samples at the terminal: their distance to the images, and that of as many training images.
+  """--samples at the terminal: their distance to the images, and that of as many training images; --lenet, --nearest.
 
-  a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint, read as for training."""
+  a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint, read as for training.
+  ValueError for samples that are no such images, and for LeNets without classes to learn."""
   made, meta = data.read(a.samples), {}
   if not a.dataset:
     open_device(a.tf32)
@@ -62,10 +73,21 @@ def compare_samples(a:argparse.Namespace):
   if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
     raise ValueError(f"{a.samples} holds {samples.dtype} {samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
   real = real[choose(len(real), len(samples), a.seed, "other images")]
+  if (a.lenet or a.nearest) and found.limits:
+    raise ValueError(f"--lenet and --nearest are for 8 bits, but {name} has floats")
+  if a.lenet and (len(known.classes) < 2 or len(samples) < 2):
+    raise ValueError(f"--lenet needs classes and two samples or more: {name} has {len(known.classes)} classes")
   low, high = found.limits or (0, 255)
-  table(sliced_Wasserstein_distance=(sliced_wasserstein(samples, images, seed=a.seed),
+  result:dict = {"n": len(samples), "sliced_wasserstein": sliced_wasserstein(samples, images, seed=a.seed),
+            "sliced_wasserstein_of_training_images": sliced_wasserstein(real, images, seed=a.seed)}
+  table(sliced_Wasserstein_distance=(result["sliced_wasserstein"],
                                      f"of {high - low:g}, {len(samples)} samples to {len(images)} {a.split} images"),
-        of_as_many_training_images=(sliced_wasserstein(real, images, seed=a.seed),))
+        of_as_many_training_images=(result["sliced_wasserstein_of_training_images"],))
+  if a.lenet: result["lenet"] = lenet.report_lenet(samples, real, images, known, a.split)
+  if a.nearest:
+    picture = Path(a.samples).with_suffix(".nearest.png")
+    result["nearest"] = lenet.report_nearest(samples, known, images, a.nearest, picture)
+  if a.json: write_json(a.json, result)
 
 def values(found:data.Dataset) -> np.ndarray:
   """The images as they were before `data.read` scaled them."""

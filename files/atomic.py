@@ -1,5 +1,5 @@
 """One atomic write for every file of the project: checkpoints, logs, pictures, downloads."""
-import contextlib, fcntl, functools, os, secrets
+import contextlib, fcntl, functools, json, os, secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,9 @@ def atomic(path:str|os.PathLike) -> Iterator[BinaryIO]:
   finally:
     if temporary:
       with contextlib.suppress(OSError): os.unlink(temporary)
+
+def write_json(path:str|os.PathLike, value:object):
+  with atomic(path) as f: f.write(json.dumps(value, indent=1, default=float).encode() + b"\n")
 
 def create(folder:Path) -> BinaryIO:
   """A new temporary file, locked for as long as it is open, so that `sweep` knows it is in use."""

@@ -7,7 +7,7 @@ from PIL import Image
 from common import ROOT, close, f32, refused, rng
 from engine.batches import choose, geometric, mean_error
 from engine.streams import stream
-from extras import likelihood, quality
+from extras import lenet, likelihood, quality
 from extras.likelihood import dequantized, ode_bpd, ode_grid, ode_log_density, on_levels
 from extras.quality import auc, contrast, sliced_wasserstein
 from files import checkpoint, pictures
@@ -471,3 +471,44 @@ def test_samples_that_are_refused(compared, tmp_path, monkeypatch):
   np.savez(tmp_path / "good.npz", arr_0=some_images(5, (4, 4, 1)))
   monkeypatch.setattr(checkpoint, "load", lambda path, raw=False: (None, {}))
   refused(lambda: compared("--samples", "good.npz", "--checkpoint", "c.safetensors"), "--dataset")
+
+# *** not in the paper: LeNet, and the nearest training images ***
+
+def test_frechet_distance():
+  """Closed forms: a scaled and shifted copy; and for 2x2, tr M^½ = (tr M + 2 √det M)^½ of M = Σ_a Σ_b."""
+  a = rng(1).standard_normal((500, 7)) * np.arange(1, 8) + 3
+  close(lenet.frechet(a, a), 0, atol=1e-8)
+  m = np.linspace(-2, 2, 7)
+  close(lenet.frechet(a, 0.4 * a + m), np.square(0.6 * a.mean(0) - m).sum() + 0.36 * a.var(0, ddof=1).sum(), rtol=1e-9)
+  a, b = rng(2).standard_normal((2, 400, 2)) @ np.array([[[1, 2], [0, 1.]], [[3, 0], [-1, 0.5]]])
+  A, B = np.cov(a.T), np.cov(b.T)
+  root = np.sqrt(np.trace(A @ B) + 2 * np.sqrt(np.linalg.det(A @ B)))
+  close(lenet.frechet(a, b), np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * root, rtol=1e-9)
+
+def test_nearest_images():
+  known = rng(1).integers(0, 256, (900, 1, 5, 4), np.uint8)
+  index = rng(2).permutation(900)[:700]
+  close(lenet.nearest(known[index], known), (index, np.zeros(700)))
+  moved = known[index].astype(np.float32) + np.array([3, 0, 4, 0], np.float32)
+  close(lenet.nearest(moved, known), (index, np.full(700, 2.5)), rtol=1e-5)  # √((9 + 16) / 4)
+
+def test_lenet_and_nearest_at_the_terminal(compared, tmp_path, monkeypatch):
+  """Two classes, dark and bright; the samples are ten training images. LeNets are kept: a second run trains none."""
+  monkeypatch.setattr(lenet, "SEEDS", 2)
+  x = rng(1).integers(0, 60, (96, 1, 16, 16), np.uint8) + np.arange(96, dtype=np.uint8).reshape(-1, 1, 1, 1) % 2 * 150
+  np.savez(tmp_path / "set.npz", images=x, labels=np.arange(96) % 2)
+  pictures.save_npz(tmp_path / "made.npz", x[:10])
+  flags = "--samples", "made.npz", "--dataset", "set.npz", "--lenet", "--nearest", 3, "--json", "r.json"
+  out = compared(*flags)[1]
+  first = json.loads((tmp_path / "r.json").read_text())
+  assert "10 samples to 96 test images" in out and "over 2 LeNets" in out and "of which a LeNet is sure" in out
+  assert first["nearest"]["samples"] == [0.0] * 10 and len(first["lenet"]["Fréchet_LeNet_distance"]["each"]) == 2
+  assert Image.open(tmp_path / "made.nearest.png").size[0] >= 720
+  features, p = lenet.answers(lenet.trained(data.read(tmp_path / "set.npz"), 0), x)
+  assert features.shape == (96, 84) and (p.argmax(1) == np.arange(96) % 2).all()
+  monkeypatch.setattr(lenet.nn.optim, "Adam", lambda *_, **__: pytest.fail("a LeNet is trained again"))
+  compared(*flags)
+  assert json.loads((tmp_path / "r.json").read_text()) == first
+  refused(lambda: compared("--lenet"), "--samples")
+  np.savez(tmp_path / "one.npz", images=x)
+  refused(lambda: compared("--samples", "made.npz", "--dataset", "one.npz", "--lenet"), "--lenet", "1 classes")
