@@ -52,6 +52,7 @@ def trained(known:data.Dataset, seed:int) -> LeNet:
   net = LeNet(known.images.shape[1:], len(known.classes), seed)
   if path.exists(): return fill(net, open_tensors(path)[0], path)
   adam = nn.optim.Adam(nn.state.get_parameters(net), lr=RATE)
+  for v in nn.state.get_parameters(adam): v.replace(v.clone().realize())  # a captured step needs buffers
   def step(x:Tensor, y:Tensor) -> Tensor:
     adam.zero_grad()
     loss = net(x / 255)[1].sparse_categorical_crossentropy(y)
