@@ -15,12 +15,13 @@ EMULATED = """if True:
   import numpy as np
   from tinygrad import Tensor, dtypes
   from tinygrad.uop.ops import Ops
-  from fast import gpu, kernels
-  dtype, rng, chosen = getattr(dtypes, sys.argv[1]), np.random.default_rng(0), []
-  on_tensor_cores = kernels.on_tensor_cores
+  from fast import gpu, kernels, schedules, scope
+  dtype, rng, chosen, parted = getattr(dtypes, sys.argv[1]), np.random.default_rng(0), [], []
+  on_tensor_cores, schedules.ENOUGH = kernels.on_tensor_cores, 1  # a warp keeps several tiles, as in large products
   def noted(kernel, device):
     made = on_tensor_cores(kernel, device)
     chosen.append(made is not None and made.arg.opts_to_apply[0].op.name == "TC")
+    parted.append(sum(u.op is Ops.RANGE and u.arg[0] >= schedules.PARTS for u in made.backward_slice))
     return made
   kernels.on_tensor_cores = noted
   def draw(*shape): return Tensor(rng.standard_normal(shape).astype(np.float32)).cast(dtype).realize()
@@ -32,7 +33,8 @@ EMULATED = """if True:
     return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+H, j:j+H], w[i, j]) for i in range(k) for j in range(k)), x
   errors = {}
   O = int(sys.argv[2])
-  for B, S, C, O, k in ((16, 2, 16, O, 3), (1, 16, 16, O, 3), (16, 2, 16, 16, 1)):  # M: images, a row of pixels, both
+  scope().__enter__()
+  for B, S, C, O, k in ((16, 2, 16, O, 3), (1, 16, 16, O, 3), (16, 2, 32, 64, 1)):  # M: images, a row of pixels, both
     x, w, g = draw(B, S, S, C), draw(k, k, C, O), draw(B, S, S, O)
     y = gpu.convolve(x, w)
     dx, dw = (y * g).sum().gradient(x, w)
@@ -51,7 +53,7 @@ EMULATED = """if True:
   errors |= {"attention": error(out, p @ num(v)), "dq": error(grads[0], ds @ num(k)),
              "dk": error(grads[1], ds.transpose(0, 2, 1) @ num(q)),
              "dv": error(grads[2], p.transpose(0, 2, 1) @ num(g))}
-  print(len(chosen), sum(chosen), max(errors.values()), max((v, k) for k, v in errors.items())[1])"""
+  print(len(chosen), sum(chosen), *map(parted.count, (1, 2)), max(errors.values()), max((v, k) for k, v in errors.items())[1])"""
 
 @pytest.mark.parametrize("device,dtype", [
   ("PYTHON::sm_80", "bfloat16"), ("PYTHON::METAL", "bfloat16"), ("PYTHON::METAL", "float32"),
@@ -65,8 +67,8 @@ def test_tensor_cores_of_three_vendors(device, dtype):
   r = subprocess.run([sys.executable, "-c", EMULATED, dtype, channels], cwd=ROOT, capture_output=True, text=True,
                      env=os.environ | {"DEV": device, "PLAIN": "0"})
   assert r.returncode == 0, r.stderr[-2000:]
-  kernels, on_cores, error, worst = r.stdout.split(maxsplit=3)
-  assert int(kernels) == int(on_cores) >= 15
+  kernels, on_cores, one, two, error, worst = r.stdout.split(maxsplit=5)
+  assert int(kernels) == int(on_cores) >= 15 and int(one) > 0 < int(two)
   assert float(error) < {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-6}[dtype], worst
 
 PADDED = """if True:
