@@ -64,25 +64,19 @@ PARTS = 1000  # numbers of loops over such neighbours begin here
 def renderer(device:str) -> Renderer:
   with Context(ALLOW_DEVICE_USAGE=1): return Device[device].renderer
 
+@functools.cache
 def on_tensor_cores(kernel:UOp, device:str) -> UOp|None:
   """The kernel, a sum of products, with its schedule for the device's tensor cores; None where they do not fit."""
-  return schedule(kernel, renderer(device))
-
-@functools.cache
-def schedule(kernel:UOp, ren:Renderer) -> UOp|None:
+  ren = renderer(device)
   if not ren.tensor_cores or not any(u.op is Ops.REDUCE for u in kernel.backward_slice): return None
-  seen = merged(kernel)
-  if (found := tensor_core_schedule(seen, ren)) is None: return None
-  # Neighbours in memory are one load if a thread has them, so they go to one, each into another of its tiles.
-  opts, neighbours = found
-  inner = {}
-  for r, tiles in neighbours:
-    if (r.vmax+1) % (most := divisor(tiles, LOAD)) == 0 and most > 1:  # not where r is filled up
+  if (found := tensor_core_schedule(seen := merged(kernel), ren)) is None: return None
+  (opts, neighbours), inner = found, {}
+  for r, tiles in neighbours:  # one load, if a thread has them all: each goes to another of its tiles
+    if (most := divisor(tiles, LOAD)) > 1 and (r.vmax+1) % most == 0:  # not where r is filled up
       part = UOp.range(most, PARTS + r.arg[0], AxisType.GLOBAL)  # of another type than r, or they are merged again
       inner[r] = r.replace(src=(r.src[0]//most,))*most + part
-  if inner:
-    kernel = graph_rewrite(seen.substitute(inner), codegen.pm_flatten_range)
-    opts, _ = tensor_core_schedule(merged(kernel), ren)
+  parted = graph_rewrite(seen.substitute(inner), codegen.pm_flatten_range)
+  if inner and (again := tensor_core_schedule(merged(parted), ren)): kernel, opts = parted, again[0]
   return kernel.replace(arg=dataclasses.replace(kernel.arg, opts_to_apply=opts))
 
 def merged(kernel:UOp) -> UOp:

@@ -71,6 +71,40 @@ def test_tensor_cores_of_three_vendors(device, dtype):
   assert int(kernels) == int(on_cores) >= 15 and int(one) > 0 < int(two)
   assert float(error) < {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-6}[dtype], worst
 
+LOADS = """if True:
+  import re, sys, types
+  from tinygrad.device import Compiler
+  class Source(Compiler):  # NVIDIA's compiler is not here
+    def __init__(self, *args, **options): super().__init__()
+    def compile(self, src): return src.encode()
+  names = "NVRTCCompiler", "NVCCCompiler", "NVPTXCompiler", "PTXCompiler"
+  sys.modules["tinygrad.runtime.support.compiler_cuda"] = types.SimpleNamespace(**{n: Source for n in names})
+  from tinygrad import Tensor, dtypes
+  from engine.capture import captured
+  from fast import gpu
+  from tools.bench import kernels, source
+  def step(x, w, g):
+    y = gpu.convolve(x, w)
+    return y, *(y * g).sum().gradient(x, w)
+  shapes, graph = ((128, 16, 16, 256), (3, 3, 256, 256), (128, 16, 16, 256)), captured(step)
+  x, w, g = [Tensor.empty(*shape, dtype=dtypes.bfloat16).realize() for shape in shapes]
+  graph(x, w, g)
+  for program in kernels([graph]):
+    if "= __WMMA" not in (code := source(program)): continue
+    loop = max(code.split("for ("), key=lambda part: part.count("= __WMMA"))
+    print(program.arg.name, loop.count("= (*"), loop.count("= __WMMA"))"""
+
+def test_bfloat16_is_loaded_by_several_numbers_at_once():
+  """Loads and instructions of the tensor cores in the innermost loop. A warp has 4 x 8 tiles, of which a thread has 8
+  numbers of each of the 4 and 4 of each of the 8: one by one, 64 loads. Two are neighbours where they are of a sum's
+  next term (x, and the transposed weights), four where they are of another tile's (weights; both for their gradient)."""
+  r = subprocess.run([sys.executable, "-c", LOADS], cwd=ROOT, capture_output=True, text=True,
+                     env=os.environ | {"DEV": "NULL:CUDA:sm_90", "PLAIN": "0", "PARALLEL": "0", "CACHELEVEL": "0"})
+  assert r.returncode == 0, r.stderr[-2000:]
+  loads = {name: [int(n) for n in counts] for name, *counts in map(str.split, r.stdout.splitlines())}
+  assert loads == {"conv3_16x16_256_256": [32//2 + 32//4, 32], "conv3_16x16_256_256_flipped": [32//2 + 32//2, 32],
+                   "weight3_16x16_256_256": [32//4 + 32//4, 32]}
+
 PADDED = """if True:
   import numpy as np
   from tinygrad import Tensor, dtypes
