@@ -154,9 +154,9 @@ def render_kernel(renderer:cstyle.CUDARenderer, *args, render=cstyle.CUDARendere
   return code.replace("for (", "\n#pragma unroll 1\nfor (") if code.count("= __WMMA") > 16 else code
 
 def changes() -> list[tuple]:
-  """What `scope` changes: bfloat16 is loaded and stored by four or two neighbours at once, as float16 is. One by one, the
-  loads of a product on tensor cores took twice as long as its arithmetic. bfloat16 in tinygrad's own list of what may
-  be joined would make this unnecessary."""
+  """What `scope` changes: four or two neighbours of bfloat16 are loaded and stored at once, as those of float16 are.
+  One by one, the loads of a product on tensor cores took twice as long as its arithmetic. bfloat16 in tinygrad's own
+  list of what may be joined would make this unnecessary."""
   joined = copy.copy(dtypes)
   joined.fp8s = (*dtypes.fp8s, dtypes.bfloat16)                                              # type: ignore[misc]
   return [(coalesce, "dtypes", joined), (cstyle.CUDARenderer, "render_kernel", render_kernel)]
