@@ -21,11 +21,11 @@ def prepare(device:str):
 @functools.cache
 def changes(device:str, plainly:bool) -> list[tuple]:
   """(object, name of its attribute, value) of each change that makes the device quick."""
-  from fast import compiler, cores, quickstart, workers
+  from fast import compiler, cores, gpu, quickstart, workers
   found = workers.changes()
   if plainly: return found
   if device.startswith("CPU"): found += compiler.changes() + cores.changes()
-  return found + quickstart.changes()
+  return found + gpu.changes() + quickstart.changes()
 
 entered = False
 

@@ -10,7 +10,7 @@ from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.dtype import dtypes
 from tinygrad.helpers import ALLOW_TF32, Context
 from tinygrad.renderer import Renderer
-from tinygrad.uop.ops import Ops, UOp, graph_rewrite
+from tinygrad.uop.ops import AxisType, Ops, UOp, graph_rewrite
 
 def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n % d == 0)
 
@@ -57,32 +57,42 @@ def column_tiles(device:str, sizes:tuple[int, int], rows:int) -> Tiles|None:
 # The most that a warp keeps of a product, in tiles of its tensor core; the warps of a block, each way; and how many
 # warps there must be before each keeps more than one tile: a hundred multiprocessors of a card want about eight each.
 TILES_N, TILES_M, WARPS, ENOUGH = 8, 4, 2, 1024
+LOAD = 4      # the most neighbours that tinygrad makes one load
+PARTS = 1000  # numbers of loops over such neighbours begin here
 
 @functools.cache
 def renderer(device:str) -> Renderer:
   with Context(ALLOW_DEVICE_USAGE=1): return Device[device].renderer
 
+@functools.cache
 def on_tensor_cores(kernel:UOp, device:str) -> UOp|None:
   """The kernel, a sum of products, with its schedule for the device's tensor cores; None where they do not fit."""
-  opts = schedule(kernel, renderer(device))
-  return None if opts is None else kernel.replace(arg=dataclasses.replace(kernel.arg, opts_to_apply=opts))
-
-@functools.cache
-def schedule(kernel:UOp, ren:Renderer) -> tuple[Opt, ...]|None:
+  ren = renderer(device)
   if not ren.tensor_cores or not any(u.op is Ops.REDUCE for u in kernel.backward_slice): return None
-  # the loops as tinygrad will see them: it merges those that run on from one another
+  if (found := tensor_core_schedule(seen := merged(kernel), ren)) is None: return None
+  (opts, neighbours), inner = found, {}
+  for r, tiles in neighbours:  # one load, if a thread has them all: each goes to another of its tiles
+    if (most := divisor(tiles, LOAD)) > 1 and (r.vmax+1) % most == 0:  # not where r is filled up
+      part = UOp.range(most, PARTS + r.arg[0], AxisType.GLOBAL)  # of another type than r, or they are merged again
+      inner[r] = r.replace(src=(r.src[0]//most,))*most + part
+  parted = graph_rewrite(seen.substitute(inner), codegen.pm_flatten_range)
+  if inner and (again := tensor_core_schedule(merged(parted), ren)): kernel, opts = parted, again[0]
+  return kernel.replace(arg=dataclasses.replace(kernel.arg, opts_to_apply=opts))
+
+def merged(kernel:UOp) -> UOp:
+  """The loops as tinygrad will see them: it merges those that run on from one another."""
   kernel = graph_rewrite(graph_rewrite(kernel, codegen.multi_pm), codegen.pm_mops, bottom_up=True)
   kernel = graph_rewrite(kernel, codegen.sym + codegen.pm_flatten_range)
-  kernel = graph_rewrite(kernel, codegen.pm_flatten_range + codegen.pm_simplify_ranges, ctx={})
-  s = Scheduler(kernel, ren)
-  s.convert_loop_to_global()
-  return tensor_core_schedule(s)
+  return graph_rewrite(kernel, codegen.pm_flatten_range + codegen.pm_simplify_ranges, ctx={})
 
-def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
+def tensor_core_schedule(kernel:UOp, ren:Renderer) -> tuple[tuple[Opt, ...], list[tuple[UOp, int]]]|None:
   """Which loops are the tensor core's N, M and K: of all choices that fit, the one that pads least, then the one with
   the largest tile and the longest K. A warp then keeps several tiles, so that a number it loads is used several times.
+  Beside these options: of N and M, how many tiles of a loop are kept whose numbers are neighbours in memory.
 
   N and M are not padded on AMD: LLVM 19 makes wrong code for the padded operands of RDNA4's WMMA."""
+  s = Scheduler(kernel, ren)
+  s.convert_loop_to_global()
   reduce = s.reduceops[0]
   product = reduce.src[0].src[0] if reduce.src[0].op is Ops.CAST else reduce.src[0]
   x, w = product.src
@@ -101,7 +111,7 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
     waste = 1.
     for size, dim in zip(sizes, dims): waste *= -(-size//dim)*dim / size
     rank = (waste, -min(sizes[0], TILES_N*dims[0]) * min(sizes[1], TILES_M*dims[1]), -sizes[2])
-    fits = all(size > dim//4 for size, dim in zip(sizes, dims))
+    fits = all(size > dim//4 for size, dim in zip(sizes, dims)) and all(r.arg[0] < PARTS for r in ranges)
     if s.ren.target.arch.startswith("gfx") and (sizes[0] % dims[0] or sizes[1] % dims[1]): fits = False
     if fits and (best is None or rank < best[0]): best = rank, i, ranges
   if best is None: return None
@@ -114,15 +124,18 @@ def tensor_core_schedule(s:Scheduler) -> tuple[Opt, ...]|None:
       axis, size = left(r)
       if (amount := divisor(size, most)) > 1: s.apply_opt(Opt(op, axis, amount))
       return amount
+    given = [math.prod(split(r, OptOps.UPCAST, LOAD) for r in own if r.arg[0] >= PARTS) for own in (w_own, x_own)]
     keep = max(1, outputs // (dims[0]*dims[1]*ENOUGH))
-    across = split(n, OptOps.UPCAST, min(TILES_N, 1 << math.isqrt(2*keep).bit_length()-1))
+    across = given[0] * split(n, OptOps.UPCAST, min(TILES_N, 1 << math.isqrt(2*keep).bit_length()-1) // given[0])
     down_by = max(1, min(TILES_M, keep//across))
-    rows = split(m, OptOps.UPCAST, down_by)
+    kept = rows = given[1] * split(m, OptOps.UPCAST, down_by // given[1])
     for r in x_own:
-      if rows < down_by and r is not m: rows *= split(r, OptOps.UPCAST, down_by//rows)
+      if rows < down_by and r is not m and r.arg[0] < PARTS: rows *= split(r, OptOps.UPCAST, down_by//rows)
     for r in (n, m): split(r, OptOps.LOCAL, WARPS)
   except KernelOptError: return None
-  return tuple(s.applied_opts)
+  loops = {r.arg[0]: r for r in kernel.backward_slice if r.op is Ops.RANGE}
+  return tuple(s.applied_opts), [(loops[r.arg[0]], amount) for v, r, amount in ((w, n, across), (x, m, kept))
+                                 if r in v.src[1].get_idx().split_uop(Ops.ADD)]
 
 def group_opts(device:str, rows:int) -> tuple|None:
   """For few sums, each over `rows`: 16 threads share a sum, on devices whose threads share memory in earnest."""

@@ -3,7 +3,8 @@ from __future__ import annotations
 import concurrent.futures, multiprocessing, os, signal, threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-import tinygrad.engine.realize
+import fast, tinygrad.engine.realize
+from fast import gpu
 from tinygrad.engine import worker
 from tinygrad.helpers import PARALLEL
 
@@ -16,6 +17,8 @@ def start():
     multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
   threading.Thread(target=end_with_parent, daemon=True).start()
+  if not fast.plain():
+    for owner, name, value in gpu.changes(): setattr(owner, name, value)
 
 class Pool:
   """As much of a multiprocessing.Pool as tinygrad uses. A process that dies is an error here, not an endless wait, and

@@ -54,35 +54,45 @@ def test_drivers_are_found_one_at_a_time(tmp_path):
   assert env == {"DEV": "CL", "OCL_ICD_VENDORS": str(tmp_path/"PoCL")}
 
 RENDERED = """if True:
-  import sys, types
+  import functools, re, sys, types
+  import numpy as np
   from tinygrad.device import Compiler
-  from tinygrad.helpers import NULL_ALLOW_COPYOUT
-  class Source(Compiler):  # Apple's and AMD's compilers are not here
-    def __init__(self, *args): super().__init__()
+  class Source(Compiler):  # the vendors' compilers are not here
+    def __init__(self, *args, **options): super().__init__()
     def compile(self, src): return src.encode()
-  for name in ("ops_metal", "support.compiler_amd"):
-    names = ("MetalCompiler", "HIPCompiler", "HIPCCCompiler", "AMDLLVMCompiler")
-    sys.modules["tinygrad.runtime." + name] = types.SimpleNamespace(**{n: Source for n in names})
-  NULL_ALLOW_COPYOUT.value = 1
+  names = {"ops_metal": "Metal", "support.compiler_amd": "HIP HIPCC", "support.compiler_llvm": "AMDLLVM CPULLVM",
+           "support.compiler_cuda": "NVRTC NVCC NVPTX PTX"}
+  for module, kinds in names.items():
+    sys.modules["tinygrad.runtime." + module] = types.SimpleNamespace(**{f"{k}Compiler": Source for k in kinds.split()})
   import unet
-  from engine.state import State
-  from train import Config
-  from tools.bench import kernels, source, training_step
-  state = State(unet.UNet(1, 16, (1,), 1, (), 0.1, 8, 8), unet.DTYPES["bfloat16"])
-  made = kernels(training_step(state, Config(batch=16, dtype="bfloat16"), (16, 1, 8, 8))())
-  print(sum("__WMMA_" in source(p) for p in made))"""
+  from engine.capture import captured
+  from tinygrad import Tensor, dtypes, nn
+  from tools.bench import kernels, source
+  rng, norm = np.random.default_rng(0), functools.partial(unet.GroupNorm, groups=8, eps=1e-6)
+  layers = [unet.Conv(rng, 1, 16), unet.ResBlock(rng, 16, 16, 16, norm, 0.), unet.Attention(rng, 16, norm),
+            unet.Conv(rng, 16, 1)]
+  weights = [p for p in nn.state.get_parameters(layers) if p.ndim > 1]
+  for p in weights: p.replace(Tensor.empty(*p.shape, dtype=dtypes.bfloat16).realize())
+  def step(x, emb):
+    for layer in layers: x = layer(x, add=None) if isinstance(layer, unet.Conv) else layer(x, emb, None)
+    return x.float().square().mean().gradient(*weights)
+  graph = captured(step)
+  graph(*(Tensor.empty(16, *shape, dtype=dtypes.bfloat16).realize() for shape in ((4, 4, 1), (16,))))
+  print(sum(re.search("__WMMA_|llvm.amdgcn.(wmma|mfma)", source(p)) is not None for p in kernels([graph])))"""
 
-@pytest.mark.parametrize("device,without", [("NULL:METAL:Apple7", 2), ("NULL:HIP:gfx1100", 2 + 3 + 5)])
+@pytest.mark.parametrize("device,without", [
+  ("NULL:METAL:Apple7", 2), ("NULL:CUDA:sm_90", 2), ("NULL:HIP:gfx1100", 2 + 3), ("NULL:HIP:gfx942", 2 + 3),
+  ("NULL:AMDLLVM:gfx1100", 2 + 3)])
 def test_a_training_step_for_cards_that_are_not_here(device, without):
-  """All products are on tensor cores, but for a few. Of one channel: the last layer's and its weights' gradient; on
-  AMD, whose cores take 16, also the first layer's, its weights' gradient, and what the last one hands back. The time's
-  two layers compute in float32, for which AMD has no cores."""
+  """Each kind of layer and their gradients, rendered: all products are on tensor cores, but for a few. Of one channel:
+  the last layer's and its weights' gradient; on AMD, whose cores take 16, also the first layer's, its weights'
+  gradient, and what the last one hands back."""
   r = subprocess.run([sys.executable, "-c", RENDERED], cwd=ROOT, capture_output=True, text=True,
                      env=os.environ | {"DEV": device, "PLAIN": "0", "PARALLEL": "0", "CACHELEVEL": "0"})
   assert r.returncode == 0, r.stderr[-2000:]
-  # the first layer, 5 blocks (2 convolutions, the time), 2 shortcuts, attention's four, 2 of the time, the last layer;
-  # each has two gradients, but two have no input to be derived; attention's two products, each with two gradients
-  layers = 1 + 5*3 + 2 + 4 + 2 + 1
+  # the first layer, a block (2 convolutions, the time), attention's four, the last layer; each has two
+  # gradients, but two have no input to be derived; attention's two products, each with two gradients
+  layers = 1 + 3 + 4 + 1
   assert int(r.stdout) == 3*layers - 2 + 3*2 - without
 
 RACE = """if True:

@@ -15,12 +15,13 @@ EMULATED = """if True:
   import numpy as np
   from tinygrad import Tensor, dtypes
   from tinygrad.uop.ops import Ops
-  from fast import gpu, kernels
-  dtype, rng, chosen = getattr(dtypes, sys.argv[1]), np.random.default_rng(0), []
-  on_tensor_cores = kernels.on_tensor_cores
+  from fast import gpu, kernels, schedules, scope
+  dtype, rng, chosen, parted = getattr(dtypes, sys.argv[1]), np.random.default_rng(0), [], []
+  on_tensor_cores, schedules.ENOUGH = kernels.on_tensor_cores, 1  # a warp keeps several tiles, as in large products
   def noted(kernel, device):
     made = on_tensor_cores(kernel, device)
     chosen.append(made is not None and made.arg.opts_to_apply[0].op.name == "TC")
+    parted.append(sum(u.op is Ops.RANGE and u.arg[0] >= schedules.PARTS for u in made.backward_slice))
     return made
   kernels.on_tensor_cores = noted
   def draw(*shape): return Tensor(rng.standard_normal(shape).astype(np.float32)).cast(dtype).realize()
@@ -32,7 +33,8 @@ EMULATED = """if True:
     return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+H, j:j+H], w[i, j]) for i in range(k) for j in range(k)), x
   errors = {}
   O = int(sys.argv[2])
-  for B, S, C, O, k in ((16, 2, 16, O, 3), (1, 16, 16, O, 3), (16, 2, 16, 16, 1)):  # M: images, a row of pixels, both
+  scope().__enter__()
+  for B, S, C, O, k in ((16, 2, 16, O, 3), (1, 16, 16, O, 3), (16, 2, 32, 64, 1)):  # M: images, a row of pixels, both
     x, w, g = draw(B, S, S, C), draw(k, k, C, O), draw(B, S, S, O)
     y = gpu.convolve(x, w)
     dx, dw = (y * g).sum().gradient(x, w)
@@ -51,7 +53,8 @@ EMULATED = """if True:
   errors |= {"attention": error(out, p @ num(v)), "dq": error(grads[0], ds @ num(k)),
              "dk": error(grads[1], ds.transpose(0, 2, 1) @ num(q)),
              "dv": error(grads[2], p.transpose(0, 2, 1) @ num(g))}
-  print(len(chosen), sum(chosen), max(errors.values()), max((v, k) for k, v in errors.items())[1])"""
+  worst = max(errors, key=errors.get)
+  print(len(chosen), sum(chosen), *map(parted.count, (1, 2)), errors[worst], worst)"""
 
 @pytest.mark.parametrize("device,dtype", [
   ("PYTHON::sm_80", "bfloat16"), ("PYTHON::METAL", "bfloat16"), ("PYTHON::METAL", "float32"),
@@ -65,9 +68,43 @@ def test_tensor_cores_of_three_vendors(device, dtype):
   r = subprocess.run([sys.executable, "-c", EMULATED, dtype, channels], cwd=ROOT, capture_output=True, text=True,
                      env=os.environ | {"DEV": device, "PLAIN": "0"})
   assert r.returncode == 0, r.stderr[-2000:]
-  kernels, on_cores, error, worst = r.stdout.split(maxsplit=3)
-  assert int(kernels) == int(on_cores) >= 15
+  kernels, on_cores, one, two, error, worst = r.stdout.split(maxsplit=5)
+  assert int(kernels) == int(on_cores) >= 15 and int(one) > 0 < int(two)
   assert float(error) < {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-6}[dtype], worst
+
+LOADS = """if True:
+  import re, sys, types
+  from tinygrad.device import Compiler
+  class Source(Compiler):  # NVIDIA's compiler is not here
+    def __init__(self, *args, **options): super().__init__()
+    def compile(self, src): return src.encode()
+  names = "NVRTCCompiler", "NVCCCompiler", "NVPTXCompiler", "PTXCompiler"
+  sys.modules["tinygrad.runtime.support.compiler_cuda"] = types.SimpleNamespace(**{n: Source for n in names})
+  from tinygrad import Tensor, dtypes
+  from engine.capture import captured
+  from fast import gpu
+  from tools.bench import kernels, source
+  def step(x, w, g):
+    y = gpu.convolve(x, w)
+    return y, *(y * g).sum().gradient(x, w)
+  shapes, graph = ((128, 16, 16, 256), (3, 3, 256, 256), (128, 16, 16, 256)), captured(step)
+  x, w, g = [Tensor.empty(*shape, dtype=dtypes.bfloat16).realize() for shape in shapes]
+  graph(x, w, g)
+  for program in kernels([graph]):
+    if "= __WMMA" not in (code := source(program)): continue
+    loop = max(code.split("for ("), key=lambda part: part.count("= __WMMA"))
+    print(program.arg.name, loop.count("= (*"), loop.count("= __WMMA"))"""
+
+def test_bfloat16_is_loaded_by_several_numbers_at_once():
+  """Loads and instructions of the tensor cores in the innermost loop. A warp has 4 x 8 tiles, of which a thread has 8
+  numbers of each of the 4 and 4 of each of the 8: one by one, 64 loads. Two are neighbours as terms of one sum (x, and
+  the transposed weights), four as numbers of four tiles (the weights; and both factors of their gradient)."""
+  r = subprocess.run([sys.executable, "-c", LOADS], cwd=ROOT, capture_output=True, text=True,
+                     env=os.environ | {"DEV": "NULL:CUDA:sm_90", "PLAIN": "0", "PARALLEL": "0", "CACHELEVEL": "0"})
+  assert r.returncode == 0, r.stderr[-2000:]
+  loads = {name: [int(n) for n in counts] for name, *counts in map(str.split, r.stdout.splitlines())}
+  assert loads == {"conv3_16x16_256_256": [32//2 + 32//4, 32], "conv3_16x16_256_256_flipped": [32//2 + 32//2, 32],
+                   "weight3_16x16_256_256": [32//4 + 32//4, 32]}
 
 PADDED = """if True:
   import numpy as np
