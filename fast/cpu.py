@@ -3,18 +3,16 @@ and which all cores share. The rest is left to tinygrad, in passes over memory."
 from __future__ import annotations
 import functools
 from fast.gpu import first, groups_of, launch, phase_taps, product
-from fast.kernels import column_kernel, conv_kernel, pad_kernel, silu_slope, weight_kernel
-from fast.schedules import divisor
+from fast.kernels import block_kernel, column_kernel, conv_kernel, silu_slope, weight_kernel
+from fast.schedules import block, divisor
 from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
 
-def pad(x:Tensor, lo:int, hi:int) -> Tensor:
-  """x (B,H,W,C) with a border of zeros: a kernel of its own, so that only copies are tested for the border."""
-  if lo == hi == 0: return x.contiguous()
+def blocks(x:Tensor, lo:int=0, hi:int=0) -> Tensor:
+  """x (B,H,W,C) with a border of zeros, in blocks of channels, (B,C/l,H',W',l): what a core reads then lies together."""
   B, H, W, C = x.shape
-  part = functools.partial(pad_kernel, lo=lo, device=first(x))
-  return launch(part, (B, H+lo+hi, W+lo+hi, C), x.dtype, x.contiguous(),
-                grad_fxn=lambda g, call: (None, g.shrink((None, (lo, lo+H), (lo, lo+W), None))))
+  part, l = functools.partial(block_kernel, lo=lo, device=first(x)), block(first(x), C)
+  return launch(part, (B, C//l, H+lo+hi, W+lo+hi, l), x.dtype, x.contiguous())
 
 def column_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(A,R,C) each -> (A,C): the sum (or maximum) over r of their product."""
@@ -31,43 +29,53 @@ def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
 
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
   """unet.convolve."""
-  lo, hi = (w.shape[0]//2, w.shape[0]//2) if stride == 1 else (pad, 1-pad)
-  return windows(x, w, *adds, stride=stride, lo=lo, hi=hi)
+  return conv_function(stride, pad, len(adds))(x, w, *adds)[0]
 
-def windows(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, lo:int=0, hi:int=0) -> Tensor:
-  """x (B,H,W,C), padded by lo and hi, convolved with w (k,k,C,O), plus each of `adds`: (B,H',W',O).
+def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=1) -> Tensor:
+  """x, with its border, perhaps in blocks, convolved with w (k,k,C,O), plus each of `adds`, whose axes of size 1
+  broadcast: `shape` (B,H,W,O). Blocks of w lie in the order in which they are read."""
+  k, _, C, O = w.shape
+  if x.ndim == 5:
+    m = block(first(x), O)
+    w = w.reshape(k, k, x.shape[1], x.shape[4], O//m, m).permute(4, 2, 0, 1, 3, 5)
+  part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
+  return launch(part, shape, x.dtype, x, w.contiguous(), *(a.contiguous() for a in adds))
 
-  The axes of size 1 of `adds` broadcast. The gradients are convolutions as well: autodiff's take 4 times as long."""
-  B, k = x.shape[0], w.shape[0]
-  H, W = [(n+lo+hi-k)//stride+1 for n in x.shape[1:3]]
+@functools.cache
+def conv_function(stride:int, pad:int, n:int):
+  """(x, w, n adds) -> y and x with its border. The gradients are convolutions as well: autodiff's take 4 times as long."""
+  def forward(x:Tensor, w:Tensor, *adds:Tensor) -> tuple[Tensor, Tensor]:
+    (B, H, W, _), k, O = x.shape, w.shape[0], w.shape[3]
+    lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)
+    xp = x.contiguous() if k == 1 else blocks(x, lo, hi)
+    return windows(xp, w, (B, H//stride, W//stride, O), *adds, stride=stride), xp
 
-  def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
-    _, xp, w, *adds = [Tensor(u) for u in call.src[1:]]
-    gp, p = pad(g := Tensor(g).contiguous(), k-1-lo, k-1-hi), k-1-lo
-    assert p == k-1-hi or stride == 2
+  def backward(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    (x, w, *adds), xp, g = [Tensor(u) for u in call.src[1:3+n]], Tensor(call.gettuple(1)), Tensor(g).contiguous()
+    (B, H, W, C), k = x.shape, w.shape[0]
+    p = k//2 if stride == 1 else 0
+    gp = g if k == 1 else blocks(g, p, p)
     # dx at stride 1: g convolved with the flipped, transposed kernel
-    if stride == 1: dx = windows(gp, w.flip((0, 1)).transpose(2, 3))
+    if stride == 1: dx = windows(gp, w.flip((0, 1)).transpose(2, 3), x.shape)
     else:
-      dx = windows(pad(g, hi, lo), phase_taps(w, lo, hi))
-      dx = dx.reshape(B, H, W, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, 2*H, 2*W, -1)
-      gp, p = g, 0
-    # dw: a sum for each of 16 groups of images, then over the groups: the sums are short, and a group fits the cache
-    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (groups_of(g, 16), *w.shape),
+      dx = windows(blocks(g, 1-pad, pad), phase_taps(w, pad, 1-pad), (B, H//2, W//2, 4*C))
+      dx = dx.reshape(B, H//2, W//2, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
+    # dw: a sum for each group of images, then over the groups: the sums are short, and a group fits the cache
+    groups = groups_of(g, min(16, -(-B*H*W//2048)))
+    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (groups, *w.shape),
                 dtypes.float32, xp, gp)
-    dw = column_sum(dw.reshape(1, dw.shape[0], -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0)
+    if groups == 1: dw = dw[0]
+    else: dw = column_sum(dw.reshape(1, groups, -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0)
     def da(a:Tensor) -> UOp:
       if a.shape == g.shape: return g.uop
-      per_image = column_sum(g.reshape(B, H*W, -1))
+      per_image = column_sum(g.reshape(B, -1, g.shape[3]))
       return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
-    return None, dx.pad((None, (lo, hi), (lo, hi), None)).uop, dw.uop, *map(da, adds)
-
-  part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
-  return launch(part, (B, H, W, w.shape[-1]), x.dtype, pad(x, lo, hi), w.contiguous(), *(a.contiguous() for a in adds),
-                grad_fxn=grad)
+    return dx.uop, dw.uop, *map(da, adds), *(None for _ in call.src[3+n:])  # what the function itself allocates
+  return function(forward, allow_implicit=True, grad_fxn=backward)
 
 def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
   """unet.linear, as a convolution of one pixel."""
-  return windows(x.reshape(x.shape[0], 1, 1, -1), w[None, None], b.reshape(1, 1, 1, -1)).reshape(x.shape[0], -1)
+  return convolve(x.reshape(x.shape[0], 1, 1, -1), w[None, None], b.reshape(1, 1, 1, -1)).reshape(x.shape[0], -1)
 
 # *** attention ***
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fast.compiler import VECTOR
-from fast.schedules import Tiles, column_tiles, conv_tiles, group_opts, on_tensor_cores, product_tiles, weight_tiles
+from fast.schedules import Tiles, block_tiles, column_tiles, conv_tiles, group_opts, on_tensor_cores, product_tiles
+from fast.schedules import weight_tiles
 from tinygrad import dtypes
 from tinygrad.dtype import AddrSpace
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp, identity_element
@@ -17,26 +18,29 @@ def shared_round(n:int) -> UOp:
   With "&", since clang makes no vectors where the number could be negative."""
   return (UOp.variable("core_id", 0, n-1, dtypes.int, param=True) & 2**16-1).cast(dtypes.weakint)
 
-def loop(size:int, axis:int, amount:int, shared:bool) -> tuple[UOp, list[UOp]]:
-  """A loop over `size` in steps of `amount`: (where a step begins, the range). If shared, cores share its rounds."""
-  if amount == size: return UOp.const(0, dtypes.weakint), []
-  if shared and size <= 2**16: return shared_round(size//amount)*amount, []
-  return (r := UOp.range(size//amount, axis))*amount, [r]
+def rounds(counts:list[int], shared:tuple[int, ...]) -> tuple[list[UOp], list[UOp]]:
+  """Loops of so many rounds: the number of the round of each, and their ranges. The cores share the rounds of all
+  `shared` loops together, of which the first is outermost."""
+  number:list[UOp|None] = [None]*len(counts)
+  if 1 < (n := math.prod(counts[a] for a in shared)) <= 2**16:
+    one = shared_round(n)
+    for a in shared:
+      n //= counts[a]
+      number[a] = one // n % counts[a]
+  each = [UOp.range(n, a) if n > 1 else UOp.const(0, dtypes.weakint) for a, n in enumerate(counts)]
+  return [i if i is not None else r for i, r in zip(number, each)], [r for i, r in zip(number, each)
+                                                                     if i is None and r.op is Ops.RANGE]
 
 def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda at, total: total,
            tiles:Tiles|None=None, opts:tuple|None=None, op:Ops=Ops.ADD) -> UOp:
   """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
-  tiles: for each loop over y the amount kept in registers, and which loop the cores share; or opts: tinygrad's.
+  tiles: for each loop over y the amount kept in registers, and which loops the cores share; or opts: tinygrad's.
   Numbers of the loops: a for those over y, then those summed over; 100 k + a, or 100 k + VECTOR, for the k-th pass over
   the tile: 1 sets it to zero, 2 adds to it, 3 writes it to y."""
-  amounts, shared = tiles or ((1,)*len(y.shape), -1)
-  begin:list[UOp] = []
-  outer:list[UOp] = []
-  for a, (n, amount) in enumerate(zip(y.shape, amounts)):
-    start, its_range = loop(n, a, amount, a == shared)
-    begin.append(start)
-    outer += its_range
+  amounts, shared = tiles or ((1,)*len(y.shape), ())
+  starts, outer = rounds([n//amount for n, amount in zip(y.shape, amounts)], shared)
+  begin = [i*amount for i, amount in zip(starts, amounts)]
   ranges = [UOp.range(n, len(y.shape)+a, AxisType.REDUCE) if n > 1 else None for a, n in enumerate(reduced)]
   summed = [r for r in ranges if r is not None]
   inner = [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges]
@@ -70,29 +74,37 @@ def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:
 
 # *** products ***
 
+def at_pixel(x:UOp, b:UOp, h:UOp, v:UOp, c:UOp) -> UOp:
+  """x[b,h,v,c], also where x lies in blocks of channels, (B,C/l,H,W,l)."""
+  return x[b, c//x.shape[4], h, v, c%x.shape[4]] if len(x.shape) == 5 else x[b, h, v, c]
+
 def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device:str) -> UOp:
   """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds[b,h,v,o], x with its border.
 
+  x may lie in blocks of channels, as `block_kernel` makes them, and then w as (O/m,C/l,k,k,l,m).
   flipped: with w[k−1−i, k−1−j, o, c], turned around and its input and output exchanged: the gradient of x."""
-  (_, H, W, O), k, C = y.shape, w.shape[0], x.shape[3]
+  (_, H, W, O), k, l = y.shape, w.shape[-3 if len(w.shape) == 6 else 0], x.shape[-1]
+  C = l * (x.shape[1] if len(x.shape) == 5 else 1)
   def pair(at, inner):
-    (b, h, v, o), (i, j, c) = at, inner
-    return x[b, h*stride+i, v*stride+j, c], w[k-1-i, k-1-j, o, c] if flipped else w[i, j, c, o]
+    (b, h, v, o), (q, i, j, c) = at, inner
+    if len(w.shape) == 6: weight = w[o//w.shape[5], q, i, j, c, o%w.shape[5]]
+    else: weight = w[k-1-i, k-1-j, o, c] if flipped else w[i, j, q*l+c, o]
+    return at_pixel(x, b, h*stride+i, v*stride+j, q*l+c), weight
   def plus(at, total):
     for a in adds: total = total + a[tuple(i if n > 1 else 0 for i, n in zip(at, a.shape))].cast(dtypes.float32)
     return total
   # what is added: numbers of a channel (c), of an image's channel (bc) or of every place (bhwc)
   added = ["".join(axis for axis, n in zip("bhwc", a.shape) if n > 1) for a in adds]
   name = "_".join([f"conv{k}_{H}x{W}_{C}_{O}", *["stride"]*(stride > 1), *["flipped"]*flipped, *added])
-  return product_of(name, device, y, (k, k, C), pair, plus, conv_tiles(device, y.shape, k*k*C))
+  return product_of(name, device, y, (C//l, k, k, l), pair, plus, conv_tiles(device, y.shape, k*k*C))
 
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
   """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip."""
-  (G, k, _, C, O), (B, H, W, _) = dw.shape, g.shape
+  (G, k, _, C, O), B, (H, W) = dw.shape, g.shape[0], g.shape[-3:-1]
   reduced = (B//G, H-2*p, W-2*p)
   def pair(at, inner):
     (n, i, j, c, o), (b, h, v) = at, inner
-    return x[n*(B//G)+b, h*stride+i, v*stride+j, c], g[n*(B//G)+b, h+p, v+p, o]
+    return at_pixel(x, n*(B//G)+b, h*stride+i, v*stride+j, c), at_pixel(g, n*(B//G)+b, h+p, v+p, o)
   name = f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}" + "_stride"*(stride > 1)
   return product_of(name, device, dw, reduced, pair, lambda at, total: total,
                     weight_tiles(device, dw.shape, B*H*W*k*k*C*O))
@@ -143,11 +155,11 @@ def norm_gradient_kernel(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, *affine:UOp, d
 
 # *** movement ***
 
-def pad_kernel(y:UOp, x:UOp, lo:int, device:str) -> UOp:
-  """y = x with a border of zeros."""
-  (_, H, _, C), (_, h, w, _) = y.shape, x.shape
+def block_kernel(y:UOp, x:UOp, lo:int, device:str) -> UOp:
+  """y (B,C/l,H',W',l) = x (B,H,W,C) with a border of zeros, in blocks of l channels."""
+  (_, _, H, _, l), (_, h, w, C) = y.shape, x.shape
   def term(at, inner):
-    b, i, j, c = at
+    b, q, i, j, c = at
     ok = (i >= lo) & (i < h+lo) & (j >= lo) & (j < w+lo)
-    return x[b, (i-lo).valid(ok), (j-lo).valid(ok), c]
-  return kernel(f"pad_{h}x{w}_{C}_{lo}_{H-h-lo}", y, (), term, tiles=conv_tiles(device, y.shape, 0))
+    return x[b, (i-lo).valid(ok), (j-lo).valid(ok), q*l+c]
+  return kernel(f"block_{h}x{w}_{C}_{lo}_{H-h-lo}", y, (), term, tiles=block_tiles(device, y.shape))

@@ -16,41 +16,47 @@ def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n
 
 # *** the CPU ***
 
-Tiles = tuple[tuple[int, ...], int]  # how many numbers of each loop stay in registers; which loop the cores share
+Tiles = tuple[tuple[int, ...], tuple[int, ...]]  # how many numbers of each loop stay in registers; which the cores share
 
-def register_tile(lanes:int) -> tuple[int, int]:
-  """How many channels and how many pixels a kernel keeps in registers: eight vectors run at near the processor's peak.
+LARGE = 2**18  # products that are worth the cores' sharing them
 
-  Processors with vectors of 256 bits have 16 registers: 2 vectors times 4 pixels need the fewest loads."""
-  return (lanes, 8) if lanes > 8 else (2*lanes, 4)
+def block(device:str, channels:int) -> int:
+  """How many channels lie together, and are computed together: two vectors, if they divide the channels."""
+  lanes = vector_lanes(device) or 16
+  return n if (n := math.gcd(channels, 2*lanes)) >= lanes else divisor(channels, lanes)
 
 def conv_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
-  """For y (B,H,W,O), each number a sum of `depth` products; depth 0: numbers are only moved."""
+  """For y (B,H,W,O), each number a sum of `depth` products.
+
+  Two vectors of channels times half as many pixels as a vector has numbers fill half of the registers, or of 16 more,
+  and need few loads. The channels are the outer loop: a block's weights then stay in a core's second cache."""
   if not (lanes := vector_lanes(device)): return None
   B, H, W, O = sizes
-  if not depth: return (1, 1, 1, divisor(O, 16)), 0 if B*H*W*O > 2**16 else -1
-  channels, pixels = register_tile(lanes)
-  th = divisor(H, pixels//(tw := divisor(W, pixels)))
-  tb = divisor(B, pixels//(tw*th))
-  return (tb, th, tw, divisor(O, channels)), -1 if B*H*W*O*depth < 2**18 else 0 if B//tb >= 8 else 1
+  th = divisor(H, lanes//2//(tw := divisor(W, lanes//2)))
+  tb = divisor(B, lanes//2//(tw*th))
+  return (tb, th, tw, block(device, O)), () if B*H*W*O*depth < LARGE else (3, 0) if B//tb >= 8 else (3, 1)
 
 def product_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
   """For y (N,I,J): a convolution of one row."""
   if not (made := conv_tiles(device, (sizes[0], 1, *sizes[1:]), depth)): return None
   (tn, _, ti, tj), shared = made
-  return (tn, ti, tj), min(shared, 1)
+  return (tn, ti, tj), (0, 2, 1) if shared else ()
 
 def weight_tiles(device:str, sizes:tuple[int, ...], macs:int) -> Tiles|None:
   """For dw (G,k,k,C,O), made of `macs` products in all."""
   if not (lanes := vector_lanes(device)): return None
-  channels, rows = register_tile(lanes)
-  to = divisor(sizes[4], channels)
-  return (1, 1, 1, divisor(sizes[3], rows if to > 4 else 4*rows), to), 0 if macs > 2**18 else -1
+  to = block(device, sizes[4])
+  return (1, 1, 1, divisor(sizes[3], lanes//2 if to > 4 else 2*lanes), to), (0, 4, 3) if macs > LARGE else ()
+
+def block_tiles(device:str, sizes:tuple[int, ...]) -> Tiles|None:
+  """For numbers that are only moved, to (B,C/l,H,W,l)."""
+  if not vector_lanes(device): return None
+  return (1, 1, 1, 1, sizes[4]), (0, 1) if math.prod(sizes) > 2**16 else ()
 
 def column_tiles(device:str, sizes:tuple[int, int], rows:int) -> Tiles|None:
   """For y (A,C), each number a sum over `rows`."""
   if not (lanes := vector_lanes(device)): return None
-  return (1, divisor(sizes[1], lanes)), 0 if sizes[0]*sizes[1]*rows > 2**18 else -1
+  return (1, divisor(sizes[1], lanes)), (0,) if sizes[0]*sizes[1]*rows > LARGE else ()
 
 # *** GPUs ***
 
