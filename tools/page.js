@@ -212,6 +212,7 @@ function start() {  // Algorithm 2, line 1: x_T, the noise of the seed
 
 // *** the second part: x_0 is a drawing ***
 const pad = Object.assign($("pad"), { width: 10 * W, height: 10 * H }), pen = pad.getContext("2d")
+Object.assign(pen, { lineWidth: pad.width * 0.08, lineCap: "round", lineJoin: "round" })
 const small = Object.assign(document.createElement("canvas"), { width: W, height: H })
   .getContext("2d", { willReadFrequently: true })
 function noised() {  // Eq. 4: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε
@@ -234,14 +235,15 @@ pad.onpointerdown = pad.onpointermove = e => {
   drawing()
   const x = e.offsetX * pad.width / pad.clientWidth, y = e.offsetY * pad.height / pad.clientHeight
   if (e.type === "pointerdown") { pad.setPointerCapture(e.pointerId); pen.beginPath(); pen.moveTo(x, y) }
-  Object.assign(pen, { lineWidth: pad.width * 0.08, lineCap: "round", lineJoin: "round", strokeStyle: $("colour").value })
+  pen.strokeStyle = $("colour").value
   pen.lineTo(x, y)
   pen.stroke()
 }
 pad.onpointerup = $("t").oninput = noised
 
 // *** the controls ***
-M.chains.forEach((c, i) => $("chain").add(new Option(`${c.steps}${c.sampler === "ddim" ? ", DDIM" : ""}`, i)))
+M.chains.forEach((c, i) => $("chain").add(new Option(
+  `${c.steps === M.T ? "all " : ""}${c.steps}${c.sampler === "ddim" ? ", DDIM" : ""}`, i)))
 $("chain").value = Math.min(1, M.chains.length - 1)
 $("class").add(new Option("one of each", ""))
 M.classes.forEach((name, k) => $("class").add(new Option(name, k)))
