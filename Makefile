@@ -1,5 +1,5 @@
 # make train [DATASET=mnist] [ARGS="--steps 20000"]    make sample [ARGS="--n 64"]    make evaluate    make gallery
-# make test [ARGS="-k eq7"]    make lint
+# make page [CHECKPOINT=runs/mnist ARGS="--out digits.html"]    make test [ARGS="-k eq7"]    make lint
 # The first of them sets everything up: a virtual environment, the pinned packages and, if tinygrad needs one, a compiler.
 DATASET ?= glyphs
 ARGS ?=
@@ -8,13 +8,15 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python3.14; 
 PY = .venv/bin/python
 INSTALL = $(PY) -m pip install -qq --disable-pip-version-check -r
 
-.PHONY: train sample evaluate bench gpu-report backends test lint table2 gallery setup clean
+.PHONY: train sample evaluate page bench gpu-report backends test lint table2 gallery setup clean
 train: setup
 	@$(PY) train.py --dataset $(DATASET) $(ARGS)
 sample: setup
 	@$(PY) sample.py $(ARGS)
 evaluate: setup
 	@$(PY) evaluate.py $(ARGS)
+page: setup
+	@$(PY) -m tools.page --checkpoint $(CHECKPOINT) $(ARGS)
 bench: setup
 	@$(PY) -m tools.bench $(ARGS)
 gpu-report: setup .venv/pytest
