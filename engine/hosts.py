@@ -63,7 +63,7 @@ def gather(values:np.ndarray) -> np.ndarray:
 
 def same(array:np.ndarray):
   """Writes the first process's array into everyone's."""
-  if MPI := mpi(): MPI.COMM_WORLD.Bcast(array)
+  if MPI := mpi(): MPI.COMM_WORLD.Bcast(array.reshape(-1).view(np.uint8))  # whatever its type
 
 def total(flat:Tensor):
   """Sums a realized float32 tensor over all processes, in its place: where MPI reaches it, on the processor and, if MPI
