@@ -89,8 +89,8 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
                        "--restart to begin anew")
     changed.append(f"{k} from {was} to {v}" + ", sums in another order" * (k == "processes"))
   for k in before.keys() - fixed.keys() - FREE - {"labels"}:
-    if before[k]: raise ValueError(f"{last.parent} was trained with {k} = {before[k]}, which is gone: use another --out, "
-                                   "or --restart to begin anew")
+    if before[k]: raise ValueError(f"{last.parent} was trained with {k} = {before[k]}, which is gone: use another "
+                                   "--out, or --restart to begin anew")
   tensors = read_tensors(last)[0]
   want = {f"{key}.{k}": shape for key in ("raw", "ema") for k, shape in state.shapes.items()}
   want |= {f"kept.{k}": v.shape for k, v in state.kept.items()}

@@ -282,8 +282,7 @@ def open_arrays(path:Path, room:Path, stack:contextlib.ExitStack) -> tuple[np.nd
     unpacked.seek(0)
     return mapped(unpacked)
   for images, labels in KEYS:
-    if images not in names: continue
-    others = ", ".join(name for name in names if name not in (images, labels))
-    said = [f"images from {images}" + f", {others} not read" * bool(others)]
-    return member(images), member(labels) if labels in names else None, said
+    if images in names:
+      said = [f"images from {images}", *(f"{name} not read" for name in names if name not in (images, labels))]
+      return member(images), member(labels) if labels in names else None, said
   raise ValueError(f"it holds {', '.join(names) or 'nothing'}, and none of {', '.join(name for name, _ in KEYS)}")

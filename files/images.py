@@ -4,7 +4,7 @@ import contextlib, errno, functools, hashlib, io, json, math, os, re, stat, warn
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
@@ -48,8 +48,7 @@ class Source:
       self.stamps = [(PurePath(), path.stat().st_size, path.stat().st_mtime_ns)]
       try: self.archive = stack.enter_context(zipfile.ZipFile(path))
       except Exception as e: raise ValueError(f"{path} cannot be read as a zip file: {reason(e)}") from e
-      entries = [e for e in self.archive.infolist() if not e.is_dir()]
-      self.entries = {PurePosixPath(e.filename.replace("\\", "/")): e for e in entries}
+      self.entries = {PurePath(e.filename.replace("\\", "/")): e for e in self.archive.infolist() if not e.is_dir()}
       found = sorted(name for name in self.entries if not any(map(hidden, name.parts)))
     self.tables = [name for name in found if name.name == "dataset.json"]
     self.names = [name for name in found if name.suffix.lower() in EXTENSIONS]
@@ -123,8 +122,7 @@ def listed(source:Source) -> tuple[list[int], list[str]]:
     labels, classes = numbered(np.array([table[name] for name in source.names], object), len(source.names))
     return labels.tolist(), classes
   except Exception as e:  # as damaged as a file can be
-    what = '{"labels": [[name, label], ...]}'
-    raise ValueError(f"{source.path / source.tables[0]} is no table of labels, {what}: {e}") from e
+    raise ValueError(f'{source.path / source.tables[0]} is no {{"labels": [[name, label], ...]}}: {e}') from e
 
 # *** one image ***
 
@@ -134,7 +132,7 @@ class Measured(NamedTuple):
   depth:tuple[float, float, float]|None  # of more than 8 bits: the least, the greatest and the greatest possible value
   frames:int
   reduced:bool  # read at an eighth of its size
-  deep:bool  # 16 bits in each of several channels, of which Pillow gives the upper 8
+  deep:bool  # 16 bits in each of several channels: Pillow gives the upper 8
 
 def open_image(f:IO[bytes]) -> tuple[Image.Image, bool]:
   """A Pillow image, and whether it is so large that it is read at an eighth of its size, as JPEG alone can be."""
@@ -250,7 +248,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   if mode is None and not to.gray and not colours: return decode_all(source, size, fit, "gray", multiple, f)
   if mode is None and 0 < (share := colours / (len(kept) * to.height * to.width)) <= 1e-3:
     said.append(f"nearly gray, {share:.2g} of the pixels are coloured: mode gray makes one channel of the three")
-  if n := sum(m.deep for m in of): said.append(f"of {n} images with 16 bits in each of several channels, Pillow reads the upper 8")
+  if n := sum(m.deep for m in of): said.append(f"of {n} images of several channels of 16 bits, the upper 8 are read")
   if n := sum(m.reduced for m in of): said.append(f"{n} images above {Image.MAX_IMAGE_PIXELS} pixels read at an eighth")
   if n := sum(m.frames > 1 for m in of):
     left.append(f"{sum(m.frames - 1 for m in of)} further pages or frames in {n} of the files left out")

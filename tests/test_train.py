@@ -596,7 +596,8 @@ def test_a_run_that_is_told_to_end_while_it_compiles(tmp_path, start):
 
 @pytest.mark.parametrize("how, error", ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)))
 def test_whoever_calls_fit_learns_of_the_stop(tmp_path, monkeypatch, how, error):
-  draw, handlers = data.batch_at, [signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)]
+  draw, both = data.batch_at, (signal.SIGINT, signal.SIGTERM)
+  handlers = [signal.signal(s, signal.default_int_handler) for s in both]
   def signalled(images, labels, step, *rest):
     if step == 2: signal.raise_signal(how)
     return draw(images, labels, step, *rest)
@@ -605,7 +606,7 @@ def test_whoever_calls_fit_learns_of_the_stop(tmp_path, monkeypatch, how, error)
     with pytest.raises(error): fit(tmp_path)
     assert signal.getsignal(how) is signal.default_int_handler
   finally:
-    for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers): signal.signal(s, handler)
+    for s, handler in zip(both, handlers): signal.signal(s, handler)
   assert saved_step(tmp_path) == 3
 
 # *** what a run says ***
