@@ -50,11 +50,13 @@ def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
   for word, value, choices in (("split", split, ("train", "test")), ("fit", fit, dataset.FITS),
                                ("mode", mode or "gray", ("gray", "rgb"))):
     if value not in choices: raise ValueError(f"no {word} {value!r}: choose {', '.join(choices)}")
-  if size is not None: size = (size, size) if isinstance(size, int) else tuple(size)
+  if size is not None: size = (int(size),) * 2 if np.ndim(size) == 0 else tuple(size)
   if size is not None and (len(size) != 2 or min(size) < 1 or max(size) > 4096):
     raise ValueError(f"a size of {'x'.join(map(str, size))}: choose 1 to 4096 pixels")
   if not isinstance(source, str | os.PathLike):
+    if mode: raise ValueError(f"mode {mode} is for files of images: an array keeps its channels")
     return dataset.from_array(source, labels, size, fit, multiple)
+  if labels is not None: raise ValueError("labels go with an array: a name or a path has its own")
   name = os.path.expanduser(str(source))
   if name in DATASETS:
     if size or mode: raise ValueError(f"{name} comes in its own size and mode")

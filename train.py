@@ -149,6 +149,7 @@ def make_update(state:State, c:Config) -> Callable[[Tensor], Tensor]:
 # *** a run ***
 def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Path:
   """Algorithm 1: trains a network on images and returns the run's folder. Called again, it goes on.
+  Ctrl-C ends it after a step, whose state is saved, by KeyboardInterrupt; SIGTERM by SystemExit.
 
   images: what `data.read` takes: a name, a path, or an array (N, C, H, W) with its labels (N,).
   model: any object with tensors as attributes, called as model(x_t, t), or as model(x_t, t, y) with
@@ -183,7 +184,6 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
         rate = np.array(rates(c, n), np.float32)
         norm = float(update(placed(rate, state.device)).numpy())
         if record.step(n, batch.t, each, norm, rates(c, n)[0]): break    # 6: until converged
-  if record.asked: sys.exit(128 + record.asked[0])                       # by Ctrl-C or SIGTERM
   return out
 
 DIFFUSION = ("T", "beta_1", "beta_T", "schedule", "sigma", "predict")  # the arguments of DDPM
@@ -240,7 +240,7 @@ def arguments(argv:list[str]|None=None) -> Config:
 
 def of_checkpoint(c:dict, given:dict) -> dict:
   """The network and the diffusion of --init's checkpoint. Says where the flags `given` differ."""
-  open_device(given.get("tf32", False))
+  open_device(given.get("tf32", False), silent=True)
   meta = checkpoint.load(folder.origin(c["out"], c["init"], c.get("restart", False)))[1]
   found = {ours: meta["unet"][theirs] for ours, theirs in NETWORK.items()} | meta.get("ddpm", {})
   found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}

@@ -22,7 +22,7 @@ def is_processor(device:str) -> bool:
   cl.clGetDeviceInfo(opened.cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
   return not kind.value & cl.CL_DEVICE_TYPE_GPU and bool(kind.value & cl.CL_DEVICE_TYPE_CPU)
 
-def open_device(tf32:bool=False) -> str:
+def open_device(tf32:bool=False, silent:bool=False) -> str:
   """Opens the device that $DEV names, else the first that tinygrad finds, and says on stderr which it is. For programs:
   it sets environment variables, which processes that compile inherit.
 
@@ -52,5 +52,6 @@ def open_device(tf32:bool=False) -> str:
                        f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
   # tinygrad would not miss it before the first kernel that its cache does not hold
   if uses_clang and not compiler: raise RuntimeError(missing)
-  print(f"device: {device}" + ("" if asked else "  (another: DEV=CUDA, METAL, AMD, CL, CPU)"), file=sys.stderr)
+  another = "" if asked else "  (another: DEV=CUDA, METAL, AMD, CL, CPU)"
+  if not silent: print(f"device: {device}{another}", file=sys.stderr)
   return device

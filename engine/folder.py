@@ -88,6 +88,9 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
       raise ValueError(f"{last.parent} was trained with {k} = {was}, not {v}: use the same, {hint}another --out, or "
                        "--restart to begin anew")
     changed.append(f"{k} from {was} to {v}" + ", sums in another order" * (k == "processes"))
+  for k in before.keys() - fixed.keys() - FREE - {"labels"}:
+    if before[k]: raise ValueError(f"{last.parent} was trained with {k} = {before[k]}, which is gone: use another "
+                                   "--out, or --restart to begin anew")
   tensors = read_tensors(last)[0]
   want = {f"{key}.{k}": shape for key in ("raw", "ema") for k, shape in state.shapes.items()}
   want |= {f"kept.{k}": v.shape for k, v in state.kept.items()}
@@ -142,7 +145,8 @@ def annealed(out:Path, steps:int, preset:int, restart:bool) -> int:
   end = int(describe(last)["train"].get("anneal", 0))
   if steps > end > 0:
     raise ValueError(f"{out} was begun with a learning rate that is 0 from step {end + 1} on, so more steps would "
-                     f"change nothing: begin a longer run with another --out, --init {out}, or with --restart")
+                     f"change nothing: use --change --anneal {steps} to let it rise again, or begin a longer run with "
+                     f"another --out, --init {out}, or with --restart")
   return end
 
 CHANGEABLE = ("lr", "batch", "ema", "anneal", "min_snr")  # by --change
@@ -203,7 +207,8 @@ class Record:
   """What a run writes while it goes: its log, the picture of its loss, its samples, its checkpoints.
 
   loss, held_out: the loss of these images is measured at each save, if there are any; show(step) draws samples.
-  Inside of `with` Ctrl-C and SIGTERM do not end the program: `asked` holds them, and the next step is the last."""
+  Inside of `with` Ctrl-C and SIGTERM do not end the program: `asked` holds them, the next step is the last, and at the
+  end KeyboardInterrupt or SystemExit is raised."""
   def __init__(self, c, state:State, loss:Callable, held_out:tuple|None, show:Callable[[int], None], about:dict,
                fixed:dict, begun:int, smooth:float):
     self.c, self.state, self.loss, self.held_out, self.show = c, state, loss, held_out, show
@@ -216,7 +221,7 @@ class Record:
     self.asked = self.exits.enter_context(stoppable())
     return self
 
-  def __exit__(self, *error): self.exits.close()
+  def __exit__(self, *error): self.exits.__exit__(*error)
 
   def step(self, n:int, t:np.ndarray, each:np.ndarray, norm:float, lr:float) -> bool:
     """Takes down step n: its times and losses (B,), the norm of its gradient. Returns whether it is the last.

@@ -17,6 +17,7 @@ def mpi() -> Any:
   RuntimeError if mpi4py is missing, or belongs to another MPI than the one that started the processes."""
   n = max(int(os.environ.get(k) or 1) for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
   if n == 1: return None
+  os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # who waits gives its core to whoever works there
   try: from mpi4py import MPI
   except (ImportError, RuntimeError) as e:
     raise RuntimeError(f"{n} processes need MPI: pip install -r requirements-mpi.txt ({e})") from e
@@ -63,7 +64,7 @@ def gather(values:np.ndarray) -> np.ndarray:
 
 def same(array:np.ndarray):
   """Writes the first process's array into everyone's."""
-  if MPI := mpi(): MPI.COMM_WORLD.Bcast(array)
+  if MPI := mpi(): MPI.COMM_WORLD.Bcast(array.reshape(-1).view(np.uint8))  # whatever its type
 
 def total(flat:Tensor):
   """Sums a realized float32 tensor over all processes, in its place: where MPI reaches it, on the processor and, if MPI

@@ -26,6 +26,9 @@ class State:
       seen.add(id(v))
     if not weights: raise ValueError("the model has no tensors of floats that could be trained")
     for array in weights.values(): hosts.same(array)
+    for v in self.kept.values() if hosts.size() > 1 else ():
+      hosts.same(array := np.array(v.numpy()))
+      v.replace(Tensor(array, device=v.device).cast(v.dtype).realize())
     self.shapes = {k: v.shape for k, v in weights.items()}
     self.model, self.average, self.dtype, self.device = model, twin(model, self.kept), dtype, Device.DEFAULT
     if dtype != dtypes.float32 and hasattr(model, "dtype"): model.dtype = dtype  # a UNet's, of its activations

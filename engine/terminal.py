@@ -62,18 +62,19 @@ def clock(seconds:float) -> str:
 @contextlib.contextmanager
 def stoppable() -> Iterator[list[int]]:
   """A list that stays empty until Ctrl-C or SIGTERM asks to stop, and then holds the signal. A second Ctrl-C stops at
-  once; a second SIGTERM does not: programs such as timeout send two. Outside of the main thread nothing asks."""
+  once; a second SIGTERM does not: programs such as timeout send two. Outside of the main thread nothing asks.
+
+  At the end of what was asked to stop, KeyboardInterrupt or, of SIGTERM, SystemExit."""
   asked:list[int] = []
-  if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
-    yield asked
-    return
   def ask(signum:int, frame:object):
     asked.append(signum)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-  before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+  main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be set
+  before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
   try: yield asked
   finally:
     for s, handler in before.items(): signal.signal(s, handler)
+  if asked: raise KeyboardInterrupt("asked to stop") if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
 
 def insist(signum:int, frame:object):
   """Ctrl-C ends a program, and again after three seconds if it still runs: Python drops what is raised inside a
@@ -90,7 +91,7 @@ def run(main:Callable[[], None]):
   except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as e:
     signal.setitimer(signal.ITIMER_REAL, 0)
     if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):  # or what a lock made of it
-      print(f"\n{program}: stopped", file=sys.stderr)
+      if not e.args: print(f"\n{program}: stopped", file=sys.stderr)  # else it was said
       sys.exit(130)
     sys.exit(f"{program}: {' '.join(str(e).split()) or type(e).__name__}")
   finally:

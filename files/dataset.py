@@ -229,11 +229,11 @@ def converted(x:np.ndarray, limits:tuple[float, float]|None, to:Plan) -> np.ndar
 def numbered(labels:Any, n:int) -> tuple[np.ndarray, list[str]]:
   """Labels as int32 (n,), and the names of the classes. Whole numbers stay as they are, words are numbered in order."""
   if labels is None: return np.zeros(n, np.int32), [""]
-  labels = np.asarray(labels)
+  labels = np.asarray(labels.numpy() if hasattr(labels, "numpy") else labels)
   if labels.shape not in ((n,), (n, 1)): raise ValueError(f"labels of shape {labels.shape} for {n} images")
   labels = labels.reshape(n)
-  if labels.dtype.kind == "U":
-    names, labels = np.unique(labels, return_inverse=True)
+  if labels.dtype.kind == "S" or all(isinstance(label, str) for label in labels):
+    names, labels = np.unique(labels.astype(str), return_inverse=True)
     return labels.astype(np.int32), names.tolist()
   try: whole = labels.astype(np.int64)
   except (ValueError, TypeError, OverflowError): whole = np.full(n, -1)
@@ -282,5 +282,7 @@ def open_arrays(path:Path, room:Path, stack:contextlib.ExitStack) -> tuple[np.nd
     unpacked.seek(0)
     return mapped(unpacked)
   for images, labels in KEYS:
-    if images in names: return member(images), member(labels) if labels in names else None, [f"images from {images}"]
+    if images in names:
+      said = [f"images from {images}", *(f"{name} not read" for name in names if name not in (images, labels))]
+      return member(images), member(labels) if labels in names else None, said
   raise ValueError(f"it holds {', '.join(names) or 'nothing'}, and none of {', '.join(name for name, _ in KEYS)}")

@@ -4,7 +4,7 @@ import contextlib, errno, functools, hashlib, io, json, math, os, re, stat, warn
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
@@ -48,7 +48,7 @@ class Source:
       self.stamps = [(PurePath(), path.stat().st_size, path.stat().st_mtime_ns)]
       try: self.archive = stack.enter_context(zipfile.ZipFile(path))
       except Exception as e: raise ValueError(f"{path} cannot be read as a zip file: {reason(e)}") from e
-      self.entries = {PurePosixPath(e.filename): e for e in self.archive.infolist() if not e.is_dir()}
+      self.entries = {PurePath(e.filename.replace("\\", "/")): e for e in self.archive.infolist() if not e.is_dir()}
       found = sorted(name for name in self.entries if not any(map(hidden, name.parts)))
     self.tables = [name for name in found if name.name == "dataset.json"]
     self.names = [name for name in found if name.suffix.lower() in EXTENSIONS]
@@ -104,6 +104,7 @@ def arrange(source:Source) -> tuple[list[Item], list[str], list[str], list[str]]
     classes = sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (bool(name), 0, name))
     number = {name: i for i, name in enumerate(classes)}
     labels = [number.get(word, -1) for word in words]
+    if "" in names and len(names) > 1: said.append(f"a class for the {words.count('')} images in no sub-folder")
   items = [Item(*row) for row in zip(source.names, labels, halves) if row[2] >= 0]
   return sorted(items, key=lambda item: item.half), classes, said, left
 
@@ -113,14 +114,15 @@ def listed(source:Source) -> tuple[list[int], list[str]]:
   table:dict[PurePath, Any] = {}
   try:
     for file in source.tables:
-      with source.open(file) as f: table |= {file.parent / name: label for name, label in json.load(f)["labels"] or ()}
+      with source.open(file) as f: rows = json.load(f)["labels"] or ()
+      table |= {file.parent / name: label for name, label in rows if label is not None}
     if not table: return [0] * len(source.names), [""]
-    if missing := [str(name) for name in source.names if table.get(name) is None]:
+    if missing := [str(name) for name in source.names if name not in table]:
       raise ValueError(f"no label for {len(missing)} of {len(source.names)} images, as {missing[0]!r}")
     labels, classes = numbered(np.array([table[name] for name in source.names], object), len(source.names))
     return labels.tolist(), classes
   except Exception as e:  # as damaged as a file can be
-    raise ValueError(f"{source.path / source.tables[0]} is no table of labels: {reason(e)}") from e
+    raise ValueError(f'{source.path / source.tables[0]} is no {{"labels": [[name, label], ...]}}: {e}') from e
 
 # *** one image ***
 
@@ -130,7 +132,7 @@ class Measured(NamedTuple):
   depth:tuple[float, float, float]|None  # of more than 8 bits: the least, the greatest and the greatest possible value
   frames:int
   reduced:bool  # read at an eighth of its size
-  deep:bool  # 16 bits in each of three colours, of which Pillow gives the upper 8
+  deep:bool  # 16 bits in each of several channels: Pillow gives the upper 8
 
 def open_image(f:IO[bytes]) -> tuple[Image.Image, bool]:
   """A Pillow image, and whether it is so large that it is read at an eighth of its size, as JPEG alone can be."""
@@ -157,7 +159,9 @@ def measure(f:IO[bytes]) -> Measured:
   return Measured((h, w), bool(depth) or img.mode in ("1", "L", "LA"), depth, frames, reduced, deep and not depth)
 
 def values(img:Image.Image) -> np.ndarray:
-  return np.nan_to_num(np.asarray(img, np.float64), nan=0, posinf=0, neginf=0)
+  x = np.asarray(img, np.float64)
+  if not np.isfinite(x).all(): raise ValueError("numbers that are not finite")
+  return x
 
 def brightness(depths:list[tuple[float, float, float]]) -> tuple[tuple[float, float], tuple[str, ...]]:
   """The values that become black and white, of all images of more than 8 bits, and what is to be said.
@@ -190,7 +194,7 @@ def decode(to:Plan, f:IO[bytes]) -> tuple[np.ndarray, int]:
 def reason(e:Exception) -> str:
   if isinstance(e, UnidentifiedImageError): return "not an image of its kind"
   if isinstance(e, OSError) and e.strerror: return e.strerror
-  return re.sub(r" ?\(\d.*\)", "", str(e).split("\n")[0]) or type(e).__name__
+  return re.sub(r" ?\(\d.*\)| ?'.*'", "", str(e).split("\n")[0]) or type(e).__name__  # no sizes, no names
 
 # *** all images ***
 
@@ -244,7 +248,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   if mode is None and not to.gray and not colours: return decode_all(source, size, fit, "gray", multiple, f)
   if mode is None and 0 < (share := colours / (len(kept) * to.height * to.width)) <= 1e-3:
     said.append(f"nearly gray, {share:.2g} of the pixels are coloured: mode gray makes one channel of the three")
-  if n := sum(m.deep for m in of): said.append(f"of {n} colour images of 16 bits, Pillow reads the upper 8")
+  if n := sum(m.deep for m in of): said.append(f"of {n} images of several channels of 16 bits, the upper 8 are read")
   if n := sum(m.reduced for m in of): said.append(f"{n} images above {Image.MAX_IMAGE_PIXELS} pixels read at an eighth")
   if n := sum(m.frames > 1 for m in of):
     left.append(f"{sum(m.frames - 1 for m in of)} further pages or frames in {n} of the files left out")

@@ -10,6 +10,7 @@ import pytest
 from common import DATA, ROOT, refused
 from files import images as image_files, mirrors as sites
 from PIL import Image
+from tinygrad import Tensor
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
@@ -390,6 +391,9 @@ def test_numbers_in_numeric_order_and_classes_in_names(offline):
   assert "beginnings of the names" in found.about
   put(offline / "p" / "5.png")
   assert data.read(offline / "p").classes == [""]
+  for i in (3, 4): put(offline / "n" / f"{i}.png")
+  found = data.read(offline / "n")
+  assert "" in found.classes and "a class for the 2 images in no sub-folder" in found.about
   for i in range(3): put(offline / "q" / f"{'abc'[i]}_{i}.png")  # a name for each is no class
   assert data.read(offline / "q").classes == [""]
 
@@ -414,11 +418,22 @@ def test_archives(offline):
   assert np.array_equal(data.read(offline / "b").labels, found.labels)
   assert data.read(offline / "b").digest == found.digest  # of the data, not of its place
   assert data.read(make_zip(offline / "c.zip", "{\"labels\": null}")).classes == [""]
+  assert data.read(make_zip(offline / "c.zip", [[name, None] for name in names])).classes == [""]
+  found = data.read(make_zip(offline / "w.zip", [[name, word] for name, word in zip(names, ("dog", "cat", "dog"))]))
+  assert found.labels.tolist() == [1, 0, 1] and found.classes == ["cat", "dog"]
+  found = data.read(make_zip(offline / "backslashes.zip", names=["a\\1.png", "b\\1.png"]))
+  assert found.classes == ["a", "b"]
   for labels, words in (([[names[0], 1]], ("2 of 3", "00000/b.png")), ([[n, -1] for n in names], ("whole numbers",)),
-                        ([[n, [0, 1]] for n in names], ("labels",)), ([[n, 0.5] for n in names], ("whole numbers",)),
-                        ("{", ()), ("[]", ()), ("{\"labels\": 3}", ())):
+                        ([[n, [0, 1]] for n in names], ("shape (3, 2)",)),
+                        ([[n, 0.5] for n in names], ("whole numbers",)), ("{", ()), ("[]", ()),
+                        ("{\"labels\": 3}", ()), ("{}", ("[[name, label], ...]",))):
     refused(lambda: data.read(make_zip(offline / "d.zip", labels)), "d.zip", "dataset.json", *words)
   refused(lambda: data.read(make_zip(offline / "e.zip", names=["a.txt"])), "e.zip", "no images", "1 of .txt")
+  blob = bytearray((offline / "a.ZIP").read_bytes())
+  for name in names[1:]: blob[blob.index(name.encode()) + 40] ^= 1
+  (offline / "damaged.zip").write_bytes(blob)
+  assert "2 of 3 images cannot be read, Bad CRC-32 for file: 00000/b.png, 00001/c.png" in data.read(
+    offline / "damaged.zip").about
   make_zip(offline / "f.zip", names=["a.png", "__MACOSX/._a.png", ".b.png"])
   assert len(data.read(offline / "f.zip").images) == 1
 
@@ -448,8 +463,16 @@ def test_arrays_and_their_layouts(offline):
     refused(lambda: data.read(bad), words)
     np.save(offline / "bad.npy", np.array(bad, dtype=object) if isinstance(bad, list) else bad)
     refused(lambda: data.read(offline / "bad.npy"), "bad.npy")
-  for labels in (np.arange(5), np.full(6, -1), np.full(6, 0.5), np.full(6, 10**9), np.zeros((6, 10))):
+  for labels in (np.arange(5), np.full(6, -1), np.full(6, 0.5), np.full(6, 10**9), np.zeros((6, 10)),
+                 np.array(["a", 1] * 3, object)):
     refused(lambda: data.read(x, labels=labels), "labels")
+  for words in (list("bacbac"), np.array(list("bacbac"), object), np.array(list("bacbac"), "S")):
+    assert data.read(x, labels=words).labels.tolist() == [1, 0, 2] * 2
+  assert data.read(x, labels=Tensor([3, 1, 0, 0, 0, 2])).labels.tolist() == [3, 1, 0, 0, 0, 2]
+  np.savez(offline / "y.npz", images=x, y=np.arange(6), z=x)
+  assert "images from images; y not read; z not read" in data.read(offline / "y.npz").about
+  refused(lambda: data.read(x, mode="gray"), "gray", "array")
+  for source in ("glyphs", offline / "x.npy"): refused(lambda: data.read(source, labels=[1] * 6), "labels", "array")
   np.savez(offline / "d.npz", pictures=x)
   refused(lambda: data.read(offline / "d.npz"), "d.npz", "pictures", "arr_0")
   (offline / "e.npz").write_bytes(b"PK nothing")
@@ -538,6 +561,7 @@ def test_sizes_and_channels(offline):
   assert read("gray in colour", [gray.convert("RGB")]).images.shape == (1, 1, 28, 28)
   assert data.load(offline / "gray in colour", mode="rgb")[0].shape == (1, 3, 28, 28)
   assert data.load(offline / "colour", mode="gray")[0][1].ravel()[0] == 76  # the luma of red
+  assert data.load(offline / "given", size=np.int64(9))[0].shape == (2, 1, 9, 9)
   for bad in (0, -3, 10**6): refused(lambda: data.load(offline / "given", size=bad), bad)
   for bad in ((8, 0), (5000, 8), (1, 2, 3)): refused(lambda: data.load(offline / "given", size=bad), "size")
 
@@ -565,6 +589,8 @@ def test_more_than_8_bits(offline):
   put(offline / "float" / "a.tif", Image.fromarray((ramp(2000) / 500).astype(np.float32)))
   assert np.abs(data.load(offline / "float")[0][0, 0] - ramp(2000) / 2000 * 255).max() <= 0.5
   assert not data.load(save("zero", ramp(0)))[0].any()
+  put(offline / "float" / "b.tif", Image.fromarray(np.array([[1, np.nan]], np.float32)))
+  assert "1 of 2 images cannot be read, numbers that are not finite: b.tif" in data.read(offline / "float").about
 
 def test_what_is_left_out_is_counted(offline, monkeypatch):
   f, gray = offline / "f", Image.new("L", (8, 8))

@@ -288,7 +288,7 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
   again = lambda *flags: train.arguments(["--out", str(tmp_path), *flags]).anneal
   assert again("--steps", "9") == 9 and again("--steps", "10", "--anneal", "50") == 50
   assert again("--steps", "3000", "--restart") == 3000
-  with pytest.raises(ValueError, match="0 from step 10 on.*--init"): again("--steps", "10")
+  with pytest.raises(ValueError, match="0 from step 10 on.*--change --anneal 10.*--init"): again("--steps", "10")
 
 @pytest.mark.parametrize("flags,match", [
   (["--batch", "0"], "--batch.*'0'"), (["--steps", "-5"], "--steps.*'-5'"), (["--lr", "nan"], "--lr.*'nan'"),
@@ -370,6 +370,8 @@ def test_a_run_of_the_program_before_goes_on(tmp_path, whole, images):
   shutil.copy(begun/"log.jsonl", tmp_path/"b")
   run(tmp_path/"b", images, "--class-conditional", "--steps", 40)
   assert same(whole, tmp_path/"b")
+  write_tensors(tmp_path/"b"/"last.safetensors", tensors, meta | {"train": meta["train"] | {"dequantize": True}})
+  refused(lambda: run(tmp_path/"b", images, "--class-conditional", "--steps", 40), "dequantize = True, which is gone")
   # and one of the first programs had neither these
   for young in ("times", "min_snr", "clip_x0", "drop_labels", "init", "anneal"): del meta["train"][young]
   write_tensors(tmp_path/"b"/"last.safetensors", tensors, meta)
@@ -479,7 +481,7 @@ def test_a_run_can_begin_with_the_network_and_the_weights_of_another(tmp_path, w
   flags = ["--attn", "", "--init", str(begun), "--out", str(tmp_path)]
   theirs, weights = about(begun/"ema.safetensors"), read_tensors(begun/"ema.safetensors")[0]
   c = train.arguments(flags)
-  assert not capsys.readouterr().err.startswith(str(begun)) and train.network(c, IMAGES.shape, 3) == checkpoint.load(
+  assert not capsys.readouterr().err and train.network(c, IMAGES.shape, 3) == checkpoint.load(
     begun/"ema.safetensors")[0].config and {k: getattr(c, k) for k in train.DIFFUSION} == theirs["ddpm"]
   c = train.arguments([*flags, "--T", "60"])
   assert f"{begun} has T = 50; here it is 60" in capsys.readouterr().err and c.T == 60
@@ -591,6 +593,21 @@ def test_a_run_that_is_told_to_end_while_it_compiles(tmp_path, start):
   os.killpg(p.pid, signal.SIGTERM)
   says = p.communicate(timeout=500)[1]
   assert p.returncode == 143 and saved_step(out) == len(losses(out)) and "Traceback" not in says, says
+
+@pytest.mark.parametrize("how, error", ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)))
+def test_whoever_calls_fit_learns_of_the_stop(tmp_path, monkeypatch, how, error):
+  draw, both = data.batch_at, (signal.SIGINT, signal.SIGTERM)
+  handlers = [signal.signal(s, signal.default_int_handler) for s in both]
+  def signalled(images, labels, step, *rest):
+    if step == 2: signal.raise_signal(how)
+    return draw(images, labels, step, *rest)
+  monkeypatch.setattr(data, "batch_at", signalled)
+  try:
+    with pytest.raises(error): fit(tmp_path)
+    assert signal.getsignal(how) is signal.default_int_handler
+  finally:
+    for s, handler in zip(both, handlers): signal.signal(s, handler)
+  assert saved_step(tmp_path) == 3
 
 # *** what a run says ***
 
