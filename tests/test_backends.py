@@ -81,12 +81,12 @@ RENDERED = """if True:
   print(sum(re.search("__WMMA_|llvm.amdgcn.(wmma|mfma)", source(p)) is not None for p in kernels([graph])))"""
 
 @pytest.mark.parametrize("device,without", [
-  ("NULL:METAL:Apple7", 2), ("NULL:CUDA:sm_90", 2), ("NULL:HIP:gfx1100", 2 + 3), ("NULL:HIP:gfx942", 2 + 3),
+  ("NULL:METAL:Apple7", 2), ("NULL:CUDA:sm_90", 2 + 3), ("NULL:HIP:gfx1100", 2 + 3), ("NULL:HIP:gfx942", 2 + 3),
   ("NULL:AMDLLVM:gfx1100", 2 + 3)])
 def test_a_training_step_for_cards_that_are_not_here(device, without):
   """Each kind of layer and their gradients, rendered: all products are on tensor cores, but for a few. Of one channel:
-  the last layer's and its weights' gradient; on AMD, whose cores take 16, also the first layer's, its weights'
-  gradient, and what the last one hands back."""
+  the last layer's and its weights' gradient; on NVIDIA and AMD, whose cores sum 16 terms, also the first layer's, its
+  weights' gradient, and what the last one hands back."""
   r = subprocess.run([sys.executable, "-c", RENDERED], cwd=ROOT, capture_output=True, text=True,
                      env=os.environ | {"DEV": device, "PLAIN": "0", "PARALLEL": "0", "CACHELEVEL": "0"})
   assert r.returncode == 0, r.stderr[-2000:]

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest
-from common import ROOT, close, random_model
+from common import ROOT, close, random_model, rng
 from tinygrad import Device, Tensor
 from tinygrad.helpers import DEV
 from engine import hosts
@@ -14,8 +14,8 @@ from tools import scale
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 several = pytest.mark.skipif(not MPIRUN or not importlib.util.find_spec("mpi4py"), reason="needs mpi4py and mpirun")
-SMALL = ["--dataset", "glyphs", "--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "", "--norm-groups",
-         "4", "--sample-every", "0", "--T", "50", "--no-class-conditional", "--min-snr", "0", "--dropout", "0.1",
+SMALL = ["--batch", "8", "--channels", "8", "--channel-mult", "1", "--attn", "", "--norm-groups",
+         "4", "--sample-every", "0", "--T", "50", "--dropout", "0.1",
          "--lr", "1e-3", "--warmup", "10", "--num-res-blocks", "1", "--accum", "2"]
 
 def start(n, *command):
@@ -32,7 +32,15 @@ def run(n, *command, fails=False):
   assert (program.returncode != 0) == fails, said
   return said
 
-def train_to(step, n, out): return run(n, "train.py", *SMALL, "--out", out, "--steps", step, "--save-every", 20)
+def train_to(step, n, out, images):
+  return run(n, "train.py", *SMALL, "--dataset", images, "--out", out, "--steps", step, "--save-every", 20)
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  """A file of bright images of 8x8."""
+  path = tmp_path_factory.mktemp("data")/"images.npy"
+  np.save(path, rng().integers(180, 220, (64, 8, 8), np.uint8))
+  return path
 
 def log(out): return [json.loads(line) for line in (out/"log.jsonl").read_text().splitlines()]
 def losses(out): return [line["loss"] for line in log(out) if "loss" in line]
@@ -135,13 +143,13 @@ def test_a_step_on_paper():
 # *** the programs ***
 
 @several
-def test_training_and_going_on_with_another_number(tmp_path, capfd):
+def test_training_and_going_on_with_another_number(tmp_path, images, capfd):
   one, other = tmp_path/"one", tmp_path/"other"
-  train_to(10, 1, one)
+  train_to(10, 1, one, images)
   shutil.copytree(one, other)
-  train_to(40, 1, one)
-  assert "processes from 1 to 2, sums in another order" in train_to(30, 2, other)
-  train_to(40, 1, other)
+  train_to(40, 1, one, images)
+  assert "processes from 1 to 2, sums in another order" in train_to(30, 2, other, images)
+  train_to(40, 1, other, images)
   assert "processes from 2 to 1, sums in another order" in capfd.readouterr().err
   want = losses(one)
   assert len(want) == 40 and np.mean(want[-5:]) < np.mean(want[:5]) - 0.1
@@ -149,13 +157,13 @@ def test_training_and_going_on_with_another_number(tmp_path, capfd):
   close(norms(other), norms(one), rtol=1e-4)
   assert {f.name for f in other.iterdir()} == {f.name for f in one.iterdir()}
   assert [line["note"][10:21] for line in log(other) if "note" in line] == ["from 1 to 2", "from 2 to 1"]
-  text = run(3, "train.py", *SMALL, "--out", one, "--restart", fails=True)
+  text = run(3, "train.py", *SMALL, "--dataset", images, "--out", one, "--restart", fails=True)
   assert text.count("a batch of 8 is no multiple of 3 processes x 2 parts") == 1 and losses(one) == want
 
 @several
 @pytest.mark.parametrize("how", ("killed", "stopped"))
-def test_a_process_that_ends_ends_all_and_the_run_goes_on(tmp_path, capfd, how):
-  program = start(2, "train.py", *SMALL, "--out", tmp_path, "--steps", 100_000, "--save-every", 5)
+def test_a_process_that_ends_ends_all_and_the_run_goes_on(tmp_path, images, capfd, how):
+  program = start(2, "train.py", *SMALL, "--dataset", images, "--out", tmp_path, "--steps", 100_000, "--save-every", 5)
   until = time.time() + 200
   while not (tmp_path/"last.safetensors").exists() and time.time() < until: time.sleep(0.05)
   children = [p.name for p in Path("/proc").glob("[0-9]*") if parent(p) == program.pid]
@@ -166,7 +174,7 @@ def test_a_process_that_ends_ends_all_and_the_run_goes_on(tmp_path, capfd, how):
   assert program.returncode != 0 and time.time() - begun < 10
   step = max(line["step"] for line in log(tmp_path))
   if how == "stopped": assert f"stopped at step {step} and saved" in said
-  train_to(step + 3, 1, tmp_path)
+  train_to(step + 3, 1, tmp_path, images)
   assert losses(tmp_path) and log(tmp_path)[-1]["step"] == step + 3 and "from step" in capfd.readouterr().err
 
 def parent(process):
@@ -189,9 +197,9 @@ hosts.run(main)"""
   assert said.count("no such thing") == 1 and "Traceback" not in said and time.time() - begun < 20
 
 @several
-def test_drawing_and_measuring(tmp_path):
-  checkpoint.save(tmp_path/"a.safetensors", random_model(num_classes=2, image_size=16, attn_resolutions=()),
-                  {"ddpm": {"T": 4, "beta_T": 0.5}, "dataset": "glyphs"})
+def test_drawing_and_measuring(tmp_path, images):
+  checkpoint.save(tmp_path/"a.safetensors", random_model(num_classes=2, channel_mult=(1,), attn_resolutions=()),
+                  {"ddpm": {"T": 4, "beta_T": 0.5}, "dataset": str(images)})
   for n in (1, 2):
     flags, out = ["--checkpoint", tmp_path/"a.safetensors", "--batch", 3], tmp_path/f"{n}"
     run(n, "sample.py", *flags, "--n", 17, "--npz", f"{out}.npz", "--out", f"{out}.png", "--png", out)
