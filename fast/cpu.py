@@ -2,8 +2,8 @@
 and which all cores share. The rest is left to tinygrad, in passes over memory."""
 from __future__ import annotations
 import functools
-from fast.gpu import first, groups_of, launch, phase_taps, product
-from fast.kernels import block_kernel, column_kernel, conv_kernel, silu_slope, weight_kernel
+from fast.gpu import first, groups_of, launch, phase_taps
+from fast.kernels import block_kernel, column_kernel, conv_kernel, product_kernel, silu_slope, weight_kernel
 from fast.schedules import block, divisor
 from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
@@ -33,11 +33,11 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tenso
 
 def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=1) -> Tensor:
   """x, with its border, perhaps in blocks, convolved with w (k,k,C,O), plus each of `adds`, whose axes of size 1
-  broadcast: `shape` (B,H,W,O). Blocks of w lie in the order in which they are read."""
+  broadcast: `shape` (B,H,W,O). For several pixels w is laid in the order in which it is read."""
   k, _, C, O = w.shape
-  if x.ndim == 5:
-    m = block(first(x), O)
-    w = w.reshape(k, k, x.shape[1], x.shape[4], O//m, m).permute(4, 2, 0, 1, 3, 5)
+  if shape[1]*shape[2] > 1:
+    m, l = block(first(x), O), x.shape[-1]
+    w = w.reshape(k, k, C//l, l, O//m, m).permute(4, 2, 0, 1, 3, 5)
   part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
   return launch(part, shape, x.dtype, x, w.contiguous(), *(a.contiguous() for a in adds))
 
@@ -79,28 +79,33 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
 
 # *** attention ***
 
-def matmul(a:Tensor, b:Tensor) -> Tensor:
-  """a (B,N,R), b (B,R,M) -> a b (B,N,M)."""
-  def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
-    (a, b), g = [Tensor(u) for u in call.src[2:4]], Tensor(g).contiguous()
-    da, db = product(g, b.transpose(1, 2).contiguous(), g.dtype), product(a.transpose(1, 2).contiguous(), g, g.dtype)
-    return None, da.uop, db.uop
-  return product(a.contiguous(), b.contiguous(), a.dtype, grad_fxn=grad)
+def product(a:Tensor, b:Tensor) -> Tensor:
+  """a (B,N,R), b (B,R,M) -> a b (B,N,M); b is laid in the order in which it is read."""
+  (B, R, M), m = b.shape, block(first(b), b.shape[2])
+  part = functools.partial(product_kernel, rows=False, cols=False, scale=1., device=first(a))
+  return launch(part, (*a.shape[:2], M), a.dtype, a.contiguous(), b.reshape(B, R, M//m, m).transpose(1, 2).contiguous())
+
+def softmax(s:Tensor) -> Tensor:
+  """exp(s) / Σ exp(s) along the last axis."""
+  e = (s - row_sum(s, op=Ops.MAX).contiguous()).exp().contiguous()
+  return (e / row_sum(e).contiguous()).contiguous()
 
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
   """unet.attention."""
-  return matmul(softmax(matmul(q * q.shape[2]**-0.5, k.transpose(1, 2))), v)
+  return attention_function(q, k, v)[0]
 
-def softmax_backward(g:UOp, call:UOp):
-  p, g = Tensor(call.gettuple(0)), Tensor(g).contiguous()
-  return (p * (g - row_sum(g, p).contiguous())).uop, *(None for _ in call.src[2:])
+def attention_backward(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
+  (q, k, v), p, g = [Tensor(u) for u in call.src[1:4]], Tensor(call.gettuple(1)), Tensor(g).contiguous()
+  dp, scale = product(g, v.transpose(1, 2)), q.shape[2]**-0.5
+  ds = (p * (dp - row_sum(dp, p).contiguous()) * scale).contiguous()
+  return (product(ds, k).uop, product(ds.transpose(1, 2), q).uop, product(p.transpose(1, 2), g).uop,
+          *(None for _ in call.src[4:]))
 
-@functools.partial(function, precompile=True, allow_implicit=True, grad_fxn=softmax_backward)
-def softmax(s:Tensor) -> Tensor:
-  """exp(s) / Σ exp(s) along the last axis."""
-  s = s.contiguous()
-  e = (s - row_sum(s, op=Ops.MAX).contiguous()).exp().contiguous()
-  return (e / row_sum(e).contiguous()).contiguous()
+@functools.partial(function, allow_implicit=True, grad_fxn=attention_backward)
+def attention_function(q:Tensor, k:Tensor, v:Tensor) -> tuple[Tensor, Tensor]:
+  """-> the output and p = softmax(q kᵀ / √C), (B,N,N)."""
+  p = softmax(product(q * q.shape[2]**-0.5, k.transpose(1, 2)))
+  return product(p, v), p
 
 # *** GroupNorm ***
 

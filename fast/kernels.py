@@ -110,11 +110,14 @@ def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
                     weight_tiles(device, dw.shape, B*H*W*k*k*C*O))
 
 def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
-  """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]."""
+  """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]. b may lie in blocks of
+  columns, (N,J/m,R,m)."""
   (_, I, J), R = y.shape, a.shape[1 if rows else 2]
   def pair(at, inner):
     (n, i, j), (r,) = at, inner
-    return a[n, r, i] if rows else a[n, i, r], b[n, j, r] if cols else b[n, r, j]
+    if len(b.shape) == 4: factor = b[n, j//b.shape[3], r, j%b.shape[3]]
+    else: factor = b[n, j, r] if cols else b[n, r, j]
+    return a[n, r, i] if rows else a[n, i, r], factor
   name = f"product_{I}_{J}_{R}" + "_rows"*rows + "_cols"*cols + "_scaled"*(scale != 1) + f"_{y.dtype.name}"
   return product_of(name, device, y, (R,), pair, lambda at, total: total * scale, product_tiles(device, y.shape, R))
 

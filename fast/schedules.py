@@ -18,7 +18,8 @@ def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n
 
 Tiles = tuple[tuple[int, ...], tuple[int, ...]]  # how many numbers of each loop stay in registers; which the cores share
 
-LARGE = 2**18  # products that are worth the cores' sharing them
+LARGE = 2**18   # products that are worth the cores' sharing them
+CACHED = 2**17  # numbers that fit a core's second cache beside others
 
 def block(device:str, channels:int) -> int:
   """How many channels lie together, and are computed together: two vectors, if they divide the channels."""
@@ -29,18 +30,20 @@ def conv_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
   """For y (B,H,W,O), each number a sum of `depth` products.
 
   Two vectors of channels times half as many pixels as a vector has numbers fill half of the registers, or of 16 more,
-  and need few loads. The channels are the outer loop: a block's weights then stay in a core's second cache."""
+  and need few loads. Weights that do not fit a core's second cache: the blocks of channels are the outer loop, so that
+  those of one do."""
   if not (lanes := vector_lanes(device)): return None
   B, H, W, O = sizes
   th = divisor(H, lanes//2//(tw := divisor(W, lanes//2)))
   tb = divisor(B, lanes//2//(tw*th))
-  return (tb, th, tw, block(device, O)), () if B*H*W*O*depth < LARGE else (3, 0) if B//tb >= 8 else (3, 1)
+  shared = () if B*H*W*O*depth < LARGE else (0,) if B//tb >= 8 else (1,)
+  return (tb, th, tw, block(device, O)), (3, *shared) if shared and depth*O > CACHED else shared
 
 def product_tiles(device:str, sizes:tuple[int, ...], depth:int) -> Tiles|None:
   """For y (N,I,J): a convolution of one row."""
   if not (made := conv_tiles(device, (sizes[0], 1, *sizes[1:]), depth)): return None
   (tn, _, ti, tj), shared = made
-  return (tn, ti, tj), (0, 2, 1) if shared else ()
+  return (tn, ti, tj), tuple(min(a, 1) for a in shared[-1:])
 
 def weight_tiles(device:str, sizes:tuple[int, ...], macs:int) -> Tiles|None:
   """For dw (G,k,k,C,O), made of `macs` products in all."""

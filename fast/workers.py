@@ -27,7 +27,10 @@ class Pool:
     self.executor = concurrent.futures.ProcessPoolExecutor(PARALLEL.value, worker._WorkerContext(), start)
 
   def imap_unordered(self, f:Callable, tasks:Iterable) -> Iterator:
-    futures = [self.executor.submit(f, task) for task in tasks]
+    # a process that these start inherits what is blocked: a signal to all of a program's cannot end it before `start`
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try: futures = [self.executor.submit(f, task) for task in tasks]
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
       for future in concurrent.futures.as_completed(futures): yield future.result()
     except BrokenProcessPool as e:

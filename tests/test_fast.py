@@ -243,6 +243,15 @@ def test_compiling_processes_outlive_sigterm_and_end_with_their_program(tmp_path
   assert not alive()
 
 @with_clang
+def test_a_compiling_process_outlives_sigterm_while_it_starts(tmp_path):
+  """Sent as early as there is a Python that can send it."""
+  early = "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv): os.kill(os.getpid(), 15)"
+  (tmp_path/"sitecustomize.py").write_text(early)
+  p = start(STEP, **compiler(tmp_path, ""), PLAIN="0", PYTHONPATH=str(tmp_path))
+  out, err = p.communicate(timeout=300)
+  assert (out, p.returncode) == ("(2, 8, 8, 8)\n", 0), err
+
+@with_clang
 @pytest.mark.parametrize("plain", ["0", "1"])
 def test_no_warning_of_the_compiler_is_seen(plain, tmp_path):
   env = compiler(tmp_path, 'set -- -Weverything "$@"')
@@ -261,14 +270,38 @@ def test_errors_of_the_compiler_are_seen_and_warnings_are_not(capfd):
 
 # *** the operations' parts ***
 
-def test_softmax_and_its_gradient():
-  s, r = arr(2, 1, 5, 28, scale=30), arr(2, 1, 5, 28, seed=1)
-  p, t = softmax(s.astype(np.float64)), Tensor(s).realize()
+def test_softmax():
+  s = arr(2, 5, 28, scale=30)
+  with scope(): close(cpu.softmax(Tensor(s)).numpy(), softmax(s.astype(np.float64)), atol=1e-6)
+
+def test_attention_of_many_positions_and_its_gradients():
+  q, k, v, r = [arr(2, 32, 64, seed=i) for i in range(4)]
+  p = softmax(q.astype(np.float64) @ k.transpose(0, 2, 1) / 8)
+  dp = r @ v.transpose(0, 2, 1).astype(np.float64)
+  ds = p * (dp - (dp*p).sum(-1, keepdims=True)) / 8
   with scope():
-    out = cpu.softmax(t)
-    close(out.numpy(), p, atol=1e-6)
-    g, = (out * Tensor(r)).sum().gradient(t)
-    close(g.numpy(), p * (r - (p * r).sum(-1, keepdims=True)), atol=1e-5)
+    out = cpu.attention(*(ts := [Tensor(a).realize() for a in (q, k, v)]))
+    close(out.numpy(), p @ v, atol=1e-5)
+    found = [g.numpy() for g in (out * Tensor(r)).sum().gradient(*ts)]
+  for g, want in zip(found, (ds @ k, ds.transpose(0, 2, 1) @ q, p.transpose(0, 2, 1) @ r)): close(g, want, atol=1e-5)
+
+@pytest.mark.parametrize("H,C,O,k,stride", [(4, 64, 96, 3, 1), (4, 96, 64, 1, 1), (4, 128, 64, 3, 2), (2, 256, 128, 3, 1)])
+def test_a_convolution_of_many_channels_and_its_gradients(H, C, O, k, stride):
+  """Of several blocks of channels; at 256 the blocks are the outer loop. By numpy in float64."""
+  B, (lo, hi) = 5, (k//2, k//2) if stride == 1 else (0, 1)
+  x, w, b, r = arr(B, H, H, C), arr(k, k, C, O, seed=1), arr(1, 1, 1, O, seed=2), arr(B, H//stride, H//stride, O, seed=3)
+  xp = np.pad(x, ((0, 0), (lo, hi), (lo, hi), (0, 0))).astype(np.float64)
+  dxp, dw = np.zeros(xp.shape), np.zeros(w.shape)
+  for i in range(k):
+    for j in range(k):
+      at = np.s_[:, i:i+H:stride, j:j+H:stride]
+      dxp[at] += r.astype(np.float64) @ w[i, j].T
+      dw[i, j] = np.einsum("bhwc,bhwo->co", xp[at], r)
+  with scope():
+    y = cpu.convolve(*(ts := [Tensor(a).realize() for a in (x, w, b)]), stride=stride)
+    dx, g, db = [v.numpy() for v in (y * Tensor(r)).sum().gradient(*ts)]
+  for ours, want in ((y.numpy(), conv_by_hand(x, w, stride, lo, hi) + b), (dx, dxp[:, lo:lo+H, lo:lo+H]), (g, dw),
+                     (db[0, 0, 0], r.sum((0, 1, 2), dtype=np.float64))): close(ours, want, atol=1e-5*abs(want).max())
 
 # *** all cores ***
 
