@@ -64,8 +64,7 @@ def test_a_move_is_algorithm_2_where_drawn_and_eq4_where_kept():
 
 # *** DDIM's latents ***
 
-@pytest.mark.parametrize("steps", (200, 40))
-@pytest.mark.parametrize("predict", ("eps", "v"))
+@pytest.mark.parametrize("steps, predict", ((200, "eps"), (40, "v")))
 def test_ddim_draws_an_image_from_its_latent(steps, predict):
   d, answer = short(predict=predict), exact(short(), 0.0, 0.5)
   def model(x, t):
@@ -183,7 +182,10 @@ def test_images_are_fitted_as_the_models_own(command, capsys):
   ("--from a.png --at 3 --png folder", "--png"), ("--from a.png --at 3 --guidance 2", "--class"),
   ("--inpaint a.png --mask m.png --sampler ddim", "--sampler"), ("--encode a.png --sampler sde", "--sampler"),
   ("--encode a.png --n 2", "--n"), ("--encode a.png --classes", "--classes"), ("--encode a.png --npz a.npz", "--npz"),
-  ("--from a.png --at 3 --out a.png", "a.png"), ("--from none.png --at 3", "none.png"),
+  ("--from a.png --at 3 --out a.png", "a.png"), ("--from a.png --at 3 --npz ./a.png", "a.png would be written over"),
+  ("--inpaint a.png --mask m.png --npz m.png", "m.png would be written over"), ("--encode a.png --eta 0", "--eta"),
+  ("--inpaint photo.png --mask thin.png", "nothing white in it as 16x16"),
+  ("--from none.png --at 3", "none.png"),
   ("--from text.png --at 3", "text.png cannot be read"), ("--encode half.png", "half.png cannot be read"),
   ("--inpaint a.png --mask text.png", "text.png cannot be read"), ("--inpaint a.png --mask large.png", "32x16"),
   ("--inpaint a.png --mask black.png", "nothing white"), ("--inpaint a.png --mask white.png", "all white")))
@@ -192,6 +194,8 @@ def test_refused_in_a_sentence(command, line, words):
   before = open("a.png", "rb").read()
   for name, drawn in (("m", np.eye(16) > 0), ("large", np.ones((32, 16))), ("black", np.zeros((16, 16))),
                       ("white", np.ones((16, 16)))): mask(f"{name}.png", drawn)
+  Image.new("L", (300, 500)).save("photo.png")
+  mask("thin.png", np.arange(500 * 300).reshape(500, 300) == 75150)  # one pixel of them
   open("text.png", "w").write("no image")
   open("half.png", "wb").write(before[:len(before) // 2])
   refused(lambda: command(line), words)
@@ -215,3 +219,6 @@ def test_figure_8_of_ones_own_images(monkeypatch, tmp_path, ddim):
     assert np.abs(shown[0, 6].astype(int) - data.to_uint8(want)[0]).max() <= 1
   else: assert np.abs(between - between[0]).max() > 1         # each x_t has its noise
   refused(lambda: command("--images a.png --at 6", ["8"]), "two files")
+  before = open("a.png", "rb").read()
+  refused(lambda: command("--images a.png b.png --at 6 --out a.png", ["8"]), "a.png would be written over")
+  assert open("a.png", "rb").read() == before

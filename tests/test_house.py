@@ -14,7 +14,8 @@ BELOW = {"ddpm", "unet", "data", "engine", "files"}
 KNOWS = {"fast": set(), "ddpm": set(), "unet": {"fast"}, "files": set(), "files.checkpoint": {"unet"},
          "files.hub": {"unet", "ddpm"}, "engine": {"files", "fast"}, "data": {"files", "engine.streams"},
          "extras": BELOW, "sample": BELOW | {"extras"}, "evaluate": BELOW | {"extras", "sample"},
-         "train": BELOW | {"extras", "sample"}, "figures": BELOW | {"extras", "sample", "train", "evaluate"}, "tools": {*NAMES, *ROOMS}}
+         "train": BELOW | {"extras", "sample"},
+         "figures": BELOW | {"extras", "sample", "train", "evaluate"}, "tools": {*NAMES, *ROOMS}}
 
 def room(name): return name.split(".")[0]
 
