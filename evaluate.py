@@ -159,7 +159,7 @@ def labels_of(a:argparse.Namespace, labels:np.ndarray, own:list[str], classes:in
   """What the model is told of each image: "none", nothing, or with --labels its number of the class
   that has the number labels[i] and the name own[labels[i]] in the images' set."""
   if not a.labels and not meta.get("null_class", True):
-    raise ValueError("this model always needs a class: add --labels")
+    raise ValueError("this model always needs a class (evaluate.py --labels)")
   if not a.labels: return np.full(len(labels), classes, np.int32) if classes else None
   if not classes: raise ValueError("--labels: the model was trained without classes")
   number = {name: i for i, name in enumerate(meta.get("classes") or own)}

@@ -24,7 +24,8 @@ class Model:  # a trained model, and draw(), by which a figure of n rows draws w
     self.labels = guidance.all_equally(self.n, self.classes, a.seed)
     self.times = sample.timesteps(self.ddpm.T, min(a.steps or self.ddpm.T, self.ddpm.T))
     sampler = functools.partial(sample.sample_ddpm, self.ddpm, seed=a.seed, clip=self.clip, jits={})
-    self.draw = drawing(sampler, guidance.labelling(self.net, 1), a.batch)
+    self.labelled = guidance.labelling(self.net, 1, self.meta.get("null_class", True))
+    self.draw = drawing(sampler, self.labelled, a.batch)
   def save(self, a:argparse.Namespace, x:np.ndarray, columns:int):  # images in [-1, 1], row by row
     pictures.save_png(a.out, pictures.grid(data.to_uint8(x.reshape(-1, *self.shape)), columns))
   def images(self, a:argparse.Namespace) -> np.ndarray:
@@ -32,7 +33,7 @@ class Model:  # a trained model, and draw(), by which a figure of n rows draws w
 def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of n test images
   m = Model(a, n)
   index = choose(len(found := m.images(a)), m.n, a.seed, "evaluated images")
-  none = np.full(len(index), m.classes, np.int32) if m.classes else None
+  none = evaluate.labels_of(argparse.Namespace(labels=False), index, [], m.classes, m.meta)
   return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, none,
                            "bound")
 
@@ -67,7 +68,6 @@ def table_4(a:argparse.Namespace):
   for tenth in range(10, 0, -1):
     t, rate, distortion = rows[np.abs(T - rows[:, 0] + 1 - T * tenth / 10).argmin()]
     print(f"{T - t + 1:>9.0f}{rate:>18.5f}{distortion:>18.5f}")
-
 def figure_6(a:argparse.Namespace):
   """Figure 6: x̂_0 over time, a row for each image."""
   m = Model(a, 8)
@@ -103,8 +103,8 @@ def figure_8(a:argparse.Namespace):
   mixed = (1 - lam) * x_t[:, 0] + lam * x_t[:, 1]          # x̄ₜ = (1−λ) xₜ + λ x′ₜ
   none, times = np.full(11 * n, m.classes, np.int32), [at, *(t for t in m.times if t < at)]
   if a.ddim:
-    ddim, labelled = sample.SAMPLERS["ddim"], guidance.labelling(m.net, 1)
-    mixed, m.draw = editing.between(m.ddpm, ddim, labelled, x0, none, times, lam, a.batch)
+    mixed, m.draw = editing.between(m.ddpm, sample.SAMPLERS["ddim"], m.labelled, x0, none, times,
+                                    lam, a.batch)
   x_0 = m.draw(mixed.reshape(-1, *m.shape), none, times, index=np.arange(n).repeat(11))[0][0]
   ends = x0.reshape(n, 2, 1, *m.shape)
   m.save(a, np.concatenate([ends[:, 0], x_0.reshape(n, 11, *m.shape), ends[:, 1]], 1), 13)

@@ -201,6 +201,16 @@ def test_refused_in_a_sentence(command, line, words):
   refused(lambda: command(line), words)
   assert open("a.png", "rb").read() == before and not command.grids
 
+def test_a_network_without_no_class_needs_one(command, monkeypatch, tmp_path):
+  figure = in_the_box(monkeypatch, tmp_path, figures.main)
+  for c in (command, figure): c.meta["null_class"] = False
+  photos("a.png", "b.png")
+  for line in ("--from a.png --at 3", "--encode a.png"):
+    refused(lambda line=line: command(line), "always shown a class")
+  for line in ("--at 3", "--at 3 --ddim"):
+    refused(lambda line=line: figure(f"--images a.png b.png {line}", ["8"]), "always shown a class")
+  refused(lambda: figure("--dataset glyphs", ["table4"]), "always needs a class")
+
 @pytest.mark.parametrize("ddim", ("", " --ddim"))
 def test_figure_8_of_ones_own_images(monkeypatch, tmp_path, ddim):
   command = in_the_box(monkeypatch, tmp_path, figures.main)
