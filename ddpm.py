@@ -26,12 +26,12 @@ def make_beta(T:int, beta_1:float, beta_T:float, schedule:str|Sequence[float]) -
     snr = (1 - beta_1) / beta_1 * (1 - beta_T) ** np.arange(T)
     beta = np.append(beta_1, beta_T / (1 + snr[1:]))
   if beta.shape == (T,) and 0 < beta.min() <= beta.max() < 1: return np.append(0.0, beta)
-  raise ValueError(f"a schedule of one's own must be {T} numbers between 0 and 1, one for each step")
+  raise ValueError(f"a schedule of one's own must be T = {T} numbers between 0 and 1")
 
 class DDPM:
   """The diffusion of Section 2: its tables, and each equation as a method. CHOICES lists the words.
-  schedule: how β_t goes from beta_1 to beta_T: "linear", the paper's, or (not in the paper) "quad",
-    "const", "cosine", which uses neither, "geometric": each step leaves 1 − beta_T of ᾱ/(1−ᾱ); or β_1 .. β_T.
+  schedule: a list of all β_t, or how they go from beta_1 to beta_T: "linear", the paper's, or (not
+    in the paper) "quad", "const", "geometric", and "cosine", which uses neither: see `make_beta`.
   sigma: p_θ's variance σ_t², Section 3.2: "beta", β_t; "beta_tilde", β̃_t; "learned", Table 2's
     Σ_θ: `out` has C channels more, log σ_t² of each pixel (as in the authors' code).
   predict: what the network answers, Table 2: "eps", ε; "mu", the mean μ_θ; "x0", x_0; or (not in

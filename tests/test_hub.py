@@ -376,7 +376,8 @@ def test_the_token_stays_with_the_hub(server, tmp_path, monkeypatch):
   seen = []
   class Moved(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-      place = {(hub_server, "/file"): "/moved", (hub_server, "/moved"): f"http://127.0.0.1:{elsewhere.server_port}/file"}
+      away = f"http://127.0.0.1:{elsewhere.server_port}/file"
+      place = {(hub_server, "/file"): "/moved", (hub_server, "/moved"): away}
       self.send_response(307 if (self.server, self.path) in place else 200)
       if to := place.get((self.server, self.path)): self.send_header("Location", to)
       seen.append(self.headers.get("Authorization"))
