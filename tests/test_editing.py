@@ -64,13 +64,13 @@ def test_a_move_is_algorithm_2_where_drawn_and_eq4_where_kept():
 
 # *** DDIM's latents ***
 
-@pytest.mark.parametrize("steps, predict", ((200, "eps"), (40, "v")))
-def test_ddim_draws_an_image_from_its_latent(steps, predict):
-  d, answer = short(predict=predict), exact(short(), 0.0, 0.5)
+@pytest.mark.parametrize("T, steps, predict", ((50, 50, "eps"), (200, 40, "v")))
+def test_ddim_draws_an_image_from_its_latent(T, steps, predict):
+  d, answer = short(T, predict=predict), exact(short(T), 0.0, 0.5)
   def model(x, t):
     a = column(f32(d.alpha_bar)[t], x)                       # v = (ε − √(1−ᾱ) x_t)/√ᾱ
     return answer(x, t) if predict == "eps" else (answer(x, t) - (1 - a).sqrt() * x) / a.sqrt()
-  x0, times = 0.5 * f32(rng(0).standard_normal((4, 1, 4, 4))), timesteps(200, steps)
+  x0, times = 0.5 * f32(rng(0).standard_normal((4, 1, 4, 4))), timesteps(T, steps)
   def error(rounds):
     x = editing.ddim_encode(d, model, x0, times, rounds)
     return x.numpy(), np.abs(last(SAMPLERS["ddim"](d, model, x, times, clip=False)) - x0.numpy()).max()
