@@ -13,8 +13,9 @@ Time = int|Sequence[int]|np.ndarray|Tensor
 CHOICES = {"schedule": ("linear", "cosine", "quad", "const", "geometric"),
            "sigma": ("beta", "beta_tilde", "learned"), "predict": ("eps", "x0", "mu", "v")}
 
-def make_beta(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
+def make_beta(T:int, beta_1:float, beta_T:float, schedule:str|Sequence[float]) -> np.ndarray:
   """β_1 .. β_T, Section 4: the variances of the forward steps, float64 (T+1,) with β_0 = 0."""
+  if not isinstance(schedule, str): beta = np.array(schedule, np.float64)
   if schedule == "linear": beta = np.linspace(beta_1, beta_T, T)
   if schedule == "const": beta = np.full(T, beta_T)  # this and those below are not in the paper
   if schedule == "quad": beta = np.linspace(math.sqrt(beta_1), math.sqrt(beta_T), T) ** 2
@@ -24,19 +25,20 @@ def make_beta(T:int, beta_1:float, beta_T:float, schedule:str) -> np.ndarray:
   if schedule == "geometric":  # as in Kingma et al. 2021: the log of ᾱₜ/(1−ᾱₜ) falls evenly
     snr = (1 - beta_1) / beta_1 * (1 - beta_T) ** np.arange(T)
     beta = np.append(beta_1, beta_T / (1 + snr[1:]))
-  return np.append(0.0, beta)
+  if beta.shape == (T,) and 0 < beta.min() <= beta.max() < 1: return np.append(0.0, beta)
+  raise ValueError(f"a schedule of one's own must be T = {T} numbers between 0 and 1")
 
 class DDPM:
   """The diffusion of Section 2: its tables, and each equation as a method. CHOICES lists the words.
-  schedule: how β_t goes from beta_1 to beta_T: "linear", the paper's, or (not in the paper) "quad",
-    "const", "cosine", which uses neither, "geometric": each step leaves 1 − beta_T of ᾱ/(1−ᾱ).
+  schedule: a list of all β_t, or how they go from beta_1 to beta_T: "linear", the paper's, or (not
+    in the paper) "quad", "const", "geometric", and "cosine", which uses neither: see `make_beta`.
   sigma: p_θ's variance σ_t², Section 3.2: "beta", β_t; "beta_tilde", β̃_t; "learned", Table 2's
     Σ_θ: `out` has C channels more, log σ_t² of each pixel (as in the authors' code).
   predict: what the network answers, Table 2: "eps", ε; "mu", the mean μ_θ; "x0", x_0; or (not in
     the paper: Salimans & Ho 2022, arXiv:2202.00512) "v", √ᾱ ε − √(1−ᾱ) x_0.
   times[t] is the time to tell the network, as sample.py does: t, but for the chains of `every`."""
-  def __init__(self, T:int=1000, beta_1:float=1e-4, beta_T:float=0.02, schedule:str="linear",
-               sigma:str="beta", predict:str="eps"):
+  def __init__(self, T:int=1000, beta_1:float=1e-4, beta_T:float=0.02,
+               schedule:str|Sequence[float]="linear", sigma:str="beta", predict:str="eps"):
     check(T, beta_1, beta_T, schedule=schedule, sigma=sigma, predict=predict)
     self.T, self.sigma, self.predict, self.times = int(T), sigma, predict, np.arange(T + 1)
     self.make_tables(make_beta(self.T, beta_1, beta_T, schedule))
@@ -194,7 +196,6 @@ def discretized_log_likelihood(x0:Tensor, mean:Tensor, sigma:Tensor|float) -> Te
   upper, lower = log_cdf((c + 1/255) / sigma), log_cdf((c - 1/255) / sigma)
   gap = (upper - lower).maximum(1e-6)                       # never log 0, however wide σ is
   return upper + edge.where(0.0, (1 - (-gap).exp()).log())  # log Φ(δ₊) + log(1 − Φ(δ₋)/Φ(δ₊))
-
 def log_cdf(z:Tensor) -> Tensor:
   """log Φ(z), for Eq. 13: relative error < 1e-6 for z <= 0, where Tensor.erf leaves nothing."""
   a = (z < 0).where(-z, z)
@@ -203,15 +204,14 @@ def log_cdf(z:Tensor) -> Tensor:
             1.0000654, -2.1229117): poly = poly * u + c     # a fit of log Φ(−a) + a²/2 − log u
   tail = u.log() + poly - a * a / 2                         # log Φ(−|z|)
   return (z < 0).where(tail, (1 - tail.exp()).log())
-
 def column(v:Tensor, x:Tensor) -> Tensor: return v.reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, 1, 1)
 def bits_per_dim(nats:Tensor) -> Tensor: return nats.flatten(1).mean(1) / math.log(2)  # (B,)
 def same_shape(**tensors:Tensor):  # another shape would be broadcast in silence
   if len({x.shape for x in tensors.values()}) > 1:
     raise ValueError(f"shapes must agree: { {k: x.shape for k, x in tensors.items()} }")
-
-def check(T:int, beta_1:float, beta_T:float, **words:str):
+def check(T:int, beta_1:float, beta_T:float, **words:str|Sequence[float]):
   for k, word in words.items():
+    if k == "schedule" and not isinstance(word, str): continue  # of one's own
     if word not in CHOICES[k]: raise ValueError(f"{k} must be one of {CHOICES[k]}, not {word!r}")
   if int(T) != T or T < 1: raise ValueError(f"T must be a whole number from 1 up, not {T!r}")
   if not (0 < beta_1 < 1 and 0 < beta_T < 1):

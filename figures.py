@@ -24,16 +24,16 @@ class Model:  # a trained model, and draw(), by which a figure of n rows draws w
     self.labels = guidance.all_equally(self.n, self.classes, a.seed)
     self.times = sample.timesteps(self.ddpm.T, min(a.steps or self.ddpm.T, self.ddpm.T))
     sampler = functools.partial(sample.sample_ddpm, self.ddpm, seed=a.seed, clip=self.clip, jits={})
-    self.draw = drawing(sampler, guidance.labelling(self.net, 1), a.batch)
+    self.labelled = guidance.labelling(self.net, 1, self.meta.get("null_class", True))
+    self.draw = drawing(sampler, self.labelled, a.batch)
   def save(self, a:argparse.Namespace, x:np.ndarray, columns:int):  # images in [-1, 1], row by row
     pictures.save_png(a.out, pictures.grid(data.to_uint8(x.reshape(-1, *self.shape)), columns))
   def images(self, a:argparse.Namespace) -> np.ndarray:
     return sample.open_images(a, "test", self.path, self.net, self.meta)[1].images
-
 def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of n test images
   m = Model(a, n)
   index = choose(len(found := m.images(a)), m.n, a.seed, "evaluated images")
-  y = np.full(len(index), m.classes, np.int32) if m.classes else None
+  y = evaluate.labels_of(argparse.Namespace(labels=False), index, [], m.classes, m.meta)
   return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, y, "bound")
 
 def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
@@ -58,7 +58,6 @@ def figure_5(a:argparse.Namespace):
   sheet = Image.new("RGB", (sum(p.width for p in plots), plots[0].height))
   for i, p in enumerate(plots): sheet.paste(p, (i * p.width, 0))
   pictures.save_png(a.out, sheet)
-
 def table_4(a:argparse.Namespace):
   """Table 4: rate and distortion at every tenth of the reverse process."""
   m, b = measured(a, 64)
@@ -67,17 +66,15 @@ def table_4(a:argparse.Namespace):
   for tenth in range(10, 0, -1):
     t, rate, distortion = rows[np.abs(T - rows[:, 0] + 1 - T * tenth / 10).argmin()]
     print(f"{T - t + 1:>9.0f}{rate:>18.5f}{distortion:>18.5f}")
-
 def figure_6(a:argparse.Namespace):
   """Figure 6: x̂_0 over time, a row for each image."""
   m = Model(a, 8)
   seen = {m.times[round(i)] for i in np.linspace(1, len(m.times) - 1, 10)}
   out = m.draw(sample.draw_x_T(m.n, m.shape, a.seed).numpy(), m.labels, m.times, keep=seen)
   m.save(a, np.stack([out[t][1] for t in sorted(seen, reverse=True)], 1), len(seen))
-
 def figure_7(a:argparse.Namespace):
   """Figure 7: --k images from one x_t, for t near T, 3T/4, T/2 and T/4. A row: x_t, its images."""
-  m, k = Model(a, 1), a.k
+  m, k = Model(a, 1), a.k or 7
   near = [min(m.times[:-1], key=lambda t: abs(t - m.ddpm.T * q / 4)) for q in (4, 3, 2, 1)]
   levels, x_T = sorted(set(near), reverse=True), sample.draw_x_T(m.n, m.shape, a.seed).numpy()
   latents = m.draw(x_T, m.labels, m.times, keep=levels[1:]) | {levels[0]: (x_T, x_T)}
@@ -104,8 +101,8 @@ def figure_8(a:argparse.Namespace):
   mixed = (1 - lam) * x_t[:, 0] + lam * x_t[:, 1]          # x̄ₜ = (1−λ) xₜ + λ x′ₜ
   none, times = np.full(11 * n, m.classes, np.int32), [at, *(t for t in m.times if t < at)]
   if a.ddim:
-    ddim, labelled = sample.SAMPLERS["ddim"], guidance.labelling(m.net, 1)
-    mixed, m.draw = editing.between(m.ddpm, ddim, labelled, x0, none, times, lam, a.batch)
+    mixed, m.draw = editing.between(m.ddpm, sample.SAMPLERS["ddim"], m.labelled, x0, none, times,
+                                    lam, a.batch)
   x_0 = m.draw(mixed.reshape(-1, *m.shape), none, times, index=np.arange(n).repeat(11))[0][0]
   ends = x0.reshape(n, 2, 1, *m.shape)
   m.save(a, np.concatenate([ends[:, 0], x_0.reshape(n, 11, *m.shape), ends[:, 1]], 1), 13)
@@ -135,7 +132,7 @@ def main(argv:list[str]|None=None):
   sample.model_flags(add := p.add_argument)
   add("--n", type=number(int, 1), help="rows, or images that are measured")
   add("--steps", type=number(int, 1), help="of sampling (default: T); table2: of training")
-  add("--k", type=number(int, 1, 100), default=7, help="7: images from one latent x_t (7)")
+  add("--k", type=number(int, 1, 100), help="7: images from one latent x_t (7)")
   add("--at", type=number(int, 1), help="8: the time of the latents (500; with --ddim T)")
   add("--ddim", action="store_true", help="8: along DDIM's latents, without noise")
   add("--images", nargs="+", metavar="FILE", help="8: two for each row, else test images")
@@ -143,6 +140,10 @@ def main(argv:list[str]|None=None):
   add("--data-dir", help="where the dataset's files are")
   add("--out", default="figure.png", help="the picture (%(default)s)")
   a = p.parse_args(argv)
+  for flag, which in (("k", "7"), ("at", "8"), ("ddim", "8"), ("images", "8")):
+    if vars(a)[flag] and a.which != which: raise ValueError(f"--{flag} is for figure {which}")
+  if a.images and (a.n or a.dataset): raise ValueError("--images: leave out --n and --dataset")
+  editing.keep(a.images or (), a.out)
   sample.check_places(a.out)
   FIGURES[a.which](a)
   if a.which.isdigit(): print(f"wrote {a.out}", file=sys.stderr)

@@ -4,7 +4,7 @@
   python sample.py --from a.png b.png --at 500           # 500 steps of noise, then Algorithm 2 from there
   python sample.py --encode photo.png                    # DDIM's x_T of it, and the way back
 """
-import argparse, functools, sys, warnings
+import argparse, functools, itertools, sys, warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import numpy as np
@@ -29,9 +29,9 @@ def inpaint(ddpm:DDPM, chain:DDPM, x0:Tensor, drawn:Tensor, resample:int=0) -> M
   x0 (1, C, H, W): an image; drawn (1, 1, H, W), bool: the pixels to draw, the others are kept. At each t > 1 the step
   is taken and undone `resample` times before it stands. One step alone knows what is kept only through its noise; the
   more there are, the nearer the drawn pixels come to their law given the kept ones."""
-  undone, step = [functools.partial(inpaint_move, x0=x0, drawn=drawn, least=least) for least in (2, 1)]
-  pair:list[Callable] = [undone, step_back]
-  return [*pair * resample, step], True
+  step, undone = (functools.partial(inpaint_move, x0=x0, drawn=drawn, least=least) for least in (1, 2))
+  moves:list[Callable] = [undone, step_back] * resample
+  return [*moves, step], True
 
 def inpaint_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool, x0:Tensor, drawn:Tensor, least:int):
   """x_{t-1}: drawn pixels of p_θ(x_{t-1} | x_t), kept ones of q(x_{t-1} | x_0), Eq. 4: x_0 itself at t = 1. Below the
@@ -71,9 +71,9 @@ def ddim_encode(ddpm:DDPM, model:Callable, x0:Tensor, times:Sequence[int], round
 def encode_all(ddpm:DDPM, labelled:Callable, x0:np.ndarray, labels:np.ndarray, times:list[int], most:int) -> np.ndarray:
   """`ddim_encode` for images x0 (N, C, H, W) with their labels, at most `most` at once; labelled: see `drawing`."""
   jits:dict = {}
-  parts = [slice(i, i + most) for i in range(0, len(x0), most)]
   return np.concatenate([
-    ddim_encode(ddpm, labelled(labels[i]), Tensor(x0[i]), times, jits=jits).numpy() for i in parts])
+    ddim_encode(ddpm, labelled(labels[i:i+most]), Tensor(x0[i:i+most]), times, jits=jits).numpy()
+    for i in range(0, len(x0), most)])
 
 def between(ddpm:DDPM, ddim:Callable, labelled:Callable, x0:np.ndarray, labels:np.ndarray, times:list[int],
             mix:np.ndarray, most:int) -> tuple[np.ndarray, Callable]:
@@ -126,9 +126,9 @@ def read_mask(path:str, photo:str, shape:tuple[int, ...], how:dict) -> tuple[np.
   (x, size), (mask, mask_size) = read_one(photo, shape, how), read_one(path, (1, *shape[1:]), how)
   if mask_size != size:
     raise ValueError(f"{path} is {mask_size[0]}x{mask_size[1]}, but {photo} is {size[0]}x{size[1]}")
-  drawn = mask > 127
-  if not drawn.any(): raise ValueError(f"{path} has nothing white in it: what is white is drawn anew")
-  if drawn.all(): raise ValueError(f"{path} is all white: nothing of {photo} would be kept")
+  drawn, fitted = mask > 127, "" if size == shape[1:] else f" as {shape[1]}x{shape[2]}, the size of the model's images"
+  if not drawn.any(): raise ValueError(f"{path} has nothing white in it{fitted}: what is white is drawn anew")
+  if drawn.all(): raise ValueError(f"{path} is all white{fitted}: nothing of {photo} would be kept")
   return x[None], drawn[None]
 
 # *** sample.py's flags ***
@@ -141,6 +141,11 @@ def flags(add:Callable):
   add("--encode", nargs="+", metavar="IMAGE", help="DDIM's x_T of these (or x_t, --at t), and the way back")
   add("--at", type=number(int, 1), metavar="t", help="for --from and --encode: 1 to T")
 
+def keep(given:Sequence[str|None], *outs:str|None):
+  """ValueError if one of the images given would be written over."""
+  for path, out in itertools.product(filter(None, given), filter(None, outs)):
+    if Path(path).resolve() == Path(out).resolve(): raise ValueError(f"{path} would be written over by {out}")
+
 def asked(a:argparse.Namespace) -> list[str]:
   """The image files that are to be edited, none without such a flag."""
   return [a.inpaint] if a.inpaint else a.start or a.encode or []
@@ -149,8 +154,7 @@ def check(a:argparse.Namespace) -> argparse.Namespace:
   """The flags, with what an edit means: 8 images, or for --encode DDIM without clipping. ValueError for flags that do
   not go together."""
   edits, given = bool(a.inpaint) + bool(a.start) + bool(a.encode), asked(a)
-  labelled, unused = a.label is not None or a.classes, a.n or a.classes or a.npz or a.eta
-  same = [path for path in (*given, a.mask) if path and Path(path).resolve() == Path(a.out).resolve()]
+  labelled, unused = a.label is not None or a.classes, a.n or a.classes or a.npz or a.eta is not None
   for wrong, sentence in (
     (edits > 1, "--inpaint, --from and --encode: choose one"),
     (bool(a.inpaint) != bool(a.mask), "--inpaint and --mask need each other"),
@@ -161,9 +165,9 @@ def check(a:argparse.Namespace) -> argparse.Namespace:
     (given and a.guidance and not labelled, "--guidance needs --class or --classes here"),
     (a.inpaint and a.sampler != "ddpm", "--inpaint is for Algorithm 2: leave out --sampler"),
     (a.encode and a.sampler not in ("ddpm", "ddim"), "--encode is by DDIM: leave out --sampler"),
-    (a.encode and unused, "--n, --classes, --npz and --eta are not for --encode"),
-    (same, f"--out would be written over {''.join(same[:1])}")):
+    (a.encode and unused, "--n, --classes, --npz and --eta are not for --encode")):
     if wrong: raise ValueError(sentence)
+  keep([*given, a.mask], a.out, a.npz)
   if given: a.n = a.n or 8
   if a.resample is None: a.resample = 5
   if a.encode: a.n, a.sampler, a.no_clip = 1, "ddim", True

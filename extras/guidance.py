@@ -22,7 +22,7 @@ def guided(model:Callable[[Tensor, Tensor, Tensor], Tensor], y:Tensor, w:float, 
 def labelling(net, guidance:float, known:bool=True) -> Callable[[np.ndarray], Callable[..., Tensor]]:
   """labels (B,) -> the network as a model(x_t, t) of these labels. For each B it is one model, so that its captured
   step serves all batches and reads each one's labels. known: whether the network knows what "no class" is; ValueError
-  if it does not and guidance asks for it."""
+  if it does not and guidance or a label asks for it."""
   null = net.config["num_classes"]
   if null and not known and guidance != 1:
     raise ValueError("this network was always shown a class, so it can be asked with --guidance 1 alone")
@@ -31,6 +31,8 @@ def labelling(net, guidance:float, known:bool=True) -> Callable[[np.ndarray], Ca
     y = Tensor(np.full(n, null, np.int32)).realize()
     return y, guided(net, y, guidance, null)
   def labelled(labels:np.ndarray) -> Callable[..., Tensor]:
+    if not known and (labels == null).any():
+      raise ValueError("this network was always shown a class, so it cannot be asked without one")
     y, model = sized(len(labels))
     y.assign(Tensor(labels.astype(np.int32))).realize()
     return model

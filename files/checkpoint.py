@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from tinygrad import dtypes, nn
-from files import hub
+from files import download, hub
 from files.weights import fill, open_tensors, refuse_pickle, write_tensors
 from unet import UNet
 
@@ -28,8 +28,8 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   path = str(path)
   if os.path.isdir(path): return hub.load(path, raw)
   if path.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")): refuse_pickle(path)
-  if not os.path.exists(path) and not path.endswith(".safetensors") and hub.is_name(path):
-    return hub.load(hub.download(path), raw)
+  if not os.path.exists(path) and not path.endswith(".safetensors") and download.is_name(path):
+    return hub.load(download.model(path, raw), raw)
   readers, metadata = open_tensors(path)
   try: meta = json.loads(metadata["ddpm"])
   except (KeyError, ValueError, RecursionError): meta = {}
@@ -40,7 +40,9 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
     raise ValueError(f"{path} holds only averaged weights: the raw ones are in last.safetensors")
   if any(k.startswith("ema.") for k in readers):  # train.py's state: both sets of weights, and Adam's moments
     readers = {k[4:]: v for k, v in readers.items() if k.startswith("raw." if raw else "ema.")}
-  return fill(build(meta["unet"], path), readers, path), meta
+  model = build(meta["unet"], path)
+  fill(nn.state.get_state_dict(model), readers, path)
+  return model, meta
 
 def build(config:dict, path:str) -> UNet:
   """The network of a checkpoint's arguments."""

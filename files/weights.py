@@ -1,9 +1,9 @@
 """Tensors in safetensors files: written, read one at a time, and put into a network."""
 import functools, json, math, os
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import BinaryIO
 import numpy as np
-from tinygrad import Tensor, nn
+from tinygrad import Tensor
 from files.atomic import atomic
 
 Readers = Mapping[str, Callable[[], np.ndarray]]  # a tensor's name -> a function that reads it
@@ -69,9 +69,8 @@ def read_tensor(f:BinaryIO, start:int, size:int, dtype:str, shape:list[int]) -> 
   v:np.ndarray = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
   return (v.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else v
 
-def fill(model:Any, readers:Readers, path:str|os.PathLike) -> Any:
-  """Puts the tensors into the model. ValueError naming the first that is missing, unknown or of another shape."""
-  state = nn.state.get_state_dict(model)
+def fill(state:dict[str, Tensor], readers:Readers, path:str|os.PathLike):
+  """Puts the tensors into those of a network. ValueError naming the first that is missing, unknown or does not fit."""
   for names, what in ((state.keys()-readers.keys(), "lacks"), (readers.keys()-state.keys(), "has an unknown")):
     if names:
       raise ValueError(f"{path} {what} tensor {min(names)!r}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}")
@@ -81,7 +80,6 @@ def fill(model:Any, readers:Readers, path:str|os.PathLike) -> Any:
       raise ValueError(f"{path}: tensor {k!r} has shape {new.shape}, the network needs {v.shape}")
     if not np.isfinite(new).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
     v.replace(Tensor(np.ascontiguousarray(new, np.float32), device=v.device).realize())
-  return model
 
 def converting(path:str|os.PathLike) -> str:
   """The command that makes a safetensors file of a file of PyTorch, where PyTorch is at hand."""

@@ -64,14 +64,13 @@ def test_a_move_is_algorithm_2_where_drawn_and_eq4_where_kept():
 
 # *** DDIM's latents ***
 
-@pytest.mark.parametrize("steps", (200, 40))
-@pytest.mark.parametrize("predict", ("eps", "v"))
-def test_ddim_draws_an_image_from_its_latent(steps, predict):
-  d, answer = short(predict=predict), exact(short(), 0.0, 0.5)
+@pytest.mark.parametrize("T, steps, predict", ((50, 50, "eps"), (200, 40, "v")))
+def test_ddim_draws_an_image_from_its_latent(T, steps, predict):
+  d, answer = short(T, predict=predict), exact(short(T), 0.0, 0.5)
   def model(x, t):
     a = column(f32(d.alpha_bar)[t], x)                       # v = (ε − √(1−ᾱ) x_t)/√ᾱ
     return answer(x, t) if predict == "eps" else (answer(x, t) - (1 - a).sqrt() * x) / a.sqrt()
-  x0, times = 0.5 * f32(rng(0).standard_normal((4, 1, 4, 4))), timesteps(200, steps)
+  x0, times = 0.5 * f32(rng(0).standard_normal((4, 1, 4, 4))), timesteps(T, steps)
   def error(rounds):
     x = editing.ddim_encode(d, model, x0, times, rounds)
     return x.numpy(), np.abs(last(SAMPLERS["ddim"](d, model, x, times, clip=False)) - x0.numpy()).max()
@@ -183,7 +182,10 @@ def test_images_are_fitted_as_the_models_own(command, capsys):
   ("--from a.png --at 3 --png folder", "--png"), ("--from a.png --at 3 --guidance 2", "--class"),
   ("--inpaint a.png --mask m.png --sampler ddim", "--sampler"), ("--encode a.png --sampler sde", "--sampler"),
   ("--encode a.png --n 2", "--n"), ("--encode a.png --classes", "--classes"), ("--encode a.png --npz a.npz", "--npz"),
-  ("--from a.png --at 3 --out a.png", "a.png"), ("--from none.png --at 3", "none.png"),
+  ("--from a.png --at 3 --out a.png", "a.png"), ("--from a.png --at 3 --npz ./a.png", "a.png would be written over"),
+  ("--inpaint a.png --mask m.png --npz m.png", "m.png would be written over"), ("--encode a.png --eta 0", "--eta"),
+  ("--inpaint photo.png --mask thin.png", "nothing white in it as 16x16"),
+  ("--from none.png --at 3", "none.png"),
   ("--from text.png --at 3", "text.png cannot be read"), ("--encode half.png", "half.png cannot be read"),
   ("--inpaint a.png --mask text.png", "text.png cannot be read"), ("--inpaint a.png --mask large.png", "32x16"),
   ("--inpaint a.png --mask black.png", "nothing white"), ("--inpaint a.png --mask white.png", "all white")))
@@ -192,10 +194,22 @@ def test_refused_in_a_sentence(command, line, words):
   before = open("a.png", "rb").read()
   for name, drawn in (("m", np.eye(16) > 0), ("large", np.ones((32, 16))), ("black", np.zeros((16, 16))),
                       ("white", np.ones((16, 16)))): mask(f"{name}.png", drawn)
+  Image.new("L", (300, 500)).save("photo.png")
+  mask("thin.png", np.arange(500 * 300).reshape(500, 300) == 75150)  # one pixel of them
   open("text.png", "w").write("no image")
   open("half.png", "wb").write(before[:len(before) // 2])
   refused(lambda: command(line), words)
   assert open("a.png", "rb").read() == before and not command.grids
+
+def test_a_network_without_no_class_needs_one(command, monkeypatch, tmp_path):
+  figure = in_the_box(monkeypatch, tmp_path, figures.main)
+  for c in (command, figure): c.meta["null_class"] = False
+  photos("a.png", "b.png")
+  for line in ("--from a.png --at 3", "--encode a.png"):
+    refused(lambda line=line: command(line), "always shown a class")
+  for line in ("--at 3", "--at 3 --ddim"):
+    refused(lambda line=line: figure(f"--images a.png b.png {line}", ["8"]), "always shown a class")
+  refused(lambda: figure("--dataset glyphs", ["table4"]), "always needs a class")
 
 @pytest.mark.parametrize("ddim", ("", " --ddim"))
 def test_figure_8_of_ones_own_images(monkeypatch, tmp_path, ddim):
@@ -215,3 +229,6 @@ def test_figure_8_of_ones_own_images(monkeypatch, tmp_path, ddim):
     assert np.abs(shown[0, 6].astype(int) - data.to_uint8(want)[0]).max() <= 1
   else: assert np.abs(between - between[0]).max() > 1         # each x_t has its noise
   refused(lambda: command("--images a.png --at 6", ["8"]), "two files")
+  before = open("a.png", "rb").read()
+  refused(lambda: command("--images a.png b.png --at 6 --out a.png", ["8"]), "a.png would be written over")
+  assert open("a.png", "rb").read() == before

@@ -356,6 +356,16 @@ def test_labels(program, monkeypatch):
   assert np.array_equal(seen[1]["labels"], program.state.labels[true["index"]])
   assert not np.isclose(none["per_image"], true["per_image"]).any()
 
+def test_labels_are_compared_by_name(program, monkeypatch):
+  """The images' set has the classes 0, 1, 2; the model knows them in another order, and one more."""
+  program.state.config["num_classes"], seen = 4, []
+  monkeypatch.setattr(evaluate, "bound", lambda *a, **kw: seen.append(kw["labels"]) or bound(*a, **kw))
+  program.state.meta["classes"] = ["2", "0", "more", "1"]
+  r = program("--n", 6, "--samples-t", 1, "--labels")[0]
+  assert seen[0].tolist() == [[1, 3, 0][k] for k in program.state.labels[r["index"]]]
+  program.state.meta["classes"] = ["2", "0", "more", "still more"]
+  refused(lambda: program("--labels", "--samples-t", 1), "--labels", "other classes")
+
 def test_images_are_read_as_for_training(program):
   """By what the checkpoint says of them; those of another dataset in the network's own size."""
   program.state.meta |= {"dataset": "a/folder", "how": {"size": None, "fit": "pad", "mode": "gray", "multiple": 4}}

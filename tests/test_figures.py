@@ -88,7 +88,9 @@ def test_figure_8_mixes_latents_of_one_noise(command, monkeypatch):
   assert abs(eps.std() - 1) < 0.1 and np.abs(np.corrcoef(eps.reshape(4, 256)) - np.eye(4)).max() < 0.3
 
 @pytest.mark.parametrize("line", (
-  "6 --n 0", "9", "", "7 --k 0", "8 --at 0", "6 --out /proc/version/a.png", "6 --shared 2", "5 --steps x"))
+  "6 --n 0", "9", "", "7 --k 0", "8 --at 0", "6 --out /proc/version/a.png", "6 --shared 2", "5 --steps x",
+  "7 --at 3", "6 --ddim", "5 --images a.png b.png", "table4 --at 1", "table2 --ddim", "6 --k 7", "8 --k 2",
+  "8 --images a.png b.png --n 2", "8 --images a.png b.png --dataset glyphs"))
 def test_wrong_arguments_are_one_sentence(command, line):
   which, *rest = line.split() or [""]
   refused(lambda: command(" ".join(rest), [which]))

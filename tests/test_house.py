@@ -12,8 +12,9 @@ NAMES = [".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in FI
 BELOW = {"ddpm", "unet", "data", "engine", "files"}
 # what a room, or a module that is not as its room is, may know of the others
 KNOWS = {"fast": set(), "ddpm": set(), "unet": {"fast"}, "files": set(), "files.checkpoint": {"unet"},
-         "files.hub": {"unet"}, "engine": {"files", "fast"}, "data": {"files", "engine.streams"}, "extras": BELOW,
-         "sample": BELOW | {"extras"}, "evaluate": BELOW | {"extras", "sample"}, "train": BELOW | {"extras", "sample"},
+         "files.hub": {"unet", "ddpm"}, "engine": {"files", "fast"}, "data": {"files", "engine.streams"},
+         "extras": BELOW, "sample": BELOW | {"extras"}, "evaluate": BELOW | {"extras", "sample"},
+         "train": BELOW | {"extras", "sample"},
          "figures": BELOW | {"extras", "sample", "train", "evaluate"}, "tools": {*NAMES, *ROOMS}}
 
 def room(name): return name.split(".")[0]

@@ -1,13 +1,16 @@
 """diffusers' layout and the hub: known answers, what is kept and what is refused, and downloads from a server here."""
-import contextlib, http.server, json, os, re, shutil, subprocess, sys, threading
+import contextlib, gzip, http.server, json, os, re, shutil, subprocess, sys, threading
+from pathlib import Path
 import numpy as np
 import pytest
 import unet
 from common import GOLDEN, ROOT, TINY, arr, close, random_model, refused
 from ddpm import DDPM
-from files import checkpoint, hub
+from engine.batches import tensors
+from engine.capture import captured
+from files import checkpoint, download, hub
 from files.weights import read_tensors, write_tensors
-from tinygrad import Tensor, helpers, nn
+from tinygrad import Context, helpers, nn
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY_MODEL = unet.UNet(**TINY)
@@ -36,8 +39,8 @@ def test_known_answers_of_diffusers(case, plain, monkeypatch):
   monkeypatch.setenv("PLAIN", str(plain))
   model, _ = known(case)
   with np.load(GOLDEN/case/"case.npz") as f: x, t, want, y = f["x"], f["timestep_from_0"]+1, f["eps"], f.get("y")
-  labels = [] if y is None else [Tensor(y.astype(np.int32))]
-  out = model(Tensor(x), Tensor(t.astype(np.int32)), *labels).numpy()
+  step = captured(lambda *given: model(*given).realize())    # fast/ works in captured steps alone
+  with Context(NOOPT=plain): out = step(*tensors(x, t, y)).numpy()  # unet.py's loops as they are compile in less time
   assert np.abs(out - want).max() < 1e-5 * np.abs(want).max()
 
 def test_what_the_known_networks_are():
@@ -162,7 +165,7 @@ def test_tensors_that_do_not_fit(tmp_path):
   refused(lambda: checkpoint.load(tmp_path), "no config.json")
 
 def test_what_the_layout_cannot_hold(tmp_path):
-  for key, value in (("schedule", "geometric"), ("predict", "mu"), ("sigma", "learned")):
+  for key, value in (("predict", "mu"), ("sigma", "learned")):
     refused(lambda: hub.save(tmp_path/"none", TINY_MODEL, {"ddpm": {key: value}}), f"{key} = {value!r}")
   refused(lambda: hub.save(tmp_path/"none", nn.Linear(2, 2)), "only a network of this program")
   assert not (tmp_path/"none").exists()
@@ -194,15 +197,29 @@ def test_the_same_betas():
     meta = hub.from_scheduler({"num_train_timesteps": 100, "beta_schedule": name}, "x")
     close(DDPM(**meta["ddpm"]).beta[1:], beta, rtol=1e-9)
 
-def test_a_constant_schedule_has_a_name_there(tmp_path):
-  settings = {"T": 9, "schedule": "const", "beta_T": 0.3}
-  hub.save(tmp_path, TINY_MODEL, {"ddpm": settings})
-  assert np.array_equal(DDPM(**checkpoint.load(tmp_path)[1]["ddpm"]).beta, DDPM(**settings).beta)
+@pytest.mark.parametrize("settings", [
+  {"schedule": "const", "beta_T": 0.3}, {"schedule": "geometric", "beta_1": 4e-6, "beta_T": 0.2},
+  {"schedule": [0.1, 0.5, 0.2, 0.3, 0.25, 0.01, 0.02, 0.03, 0.9]}])
+def test_schedules_without_a_name_there_are_lists(settings, tmp_path):
+  hub.save(tmp_path, TINY_MODEL, {"ddpm": settings | {"T": 9}})
+  listed = hub.read_json(tmp_path/"scheduler"/"scheduler_config.json")["trained_betas"]
+  a = np.cumprod(1 - np.array(listed))
+  if settings["schedule"] == "geometric":
+    close(np.log(a/(1-a)), np.log((1-4e-6)/4e-6) + np.arange(9)*np.log(0.8), rtol=1e-9)  # falls evenly
+  else: close(listed, 9*[0.3] if settings["schedule"] == "const" else settings["schedule"])
+  again = DDPM(**checkpoint.load(tmp_path)[1]["ddpm"])
+  assert np.array_equal(again.beta[1:], listed) and again.every([9, 4, 0]).T == 2
+
+def test_the_density_model_as_diffusers_has_it(tmp_path):
+  """ᾱ at three times as diffusers' DDPMScheduler computes it in float32 from the file."""
+  hub.save(tmp_path, *checkpoint.load(ROOT/"checkpoints"/"mnist-density.safetensors"))
+  beta = DDPM(**checkpoint.load(tmp_path)[1]["ddpm"]).beta
+  close(np.cumprod(1 - beta)[[1, 500, 1000]], [0.999996006, 0.862784684, 0.000154803245], rtol=1e-4)
 
 @pytest.mark.parametrize("key, value", [
   ("_class_name", "ScoreSdeVeScheduler"), ("num_train_timesteps", 0), ("beta_start", "a"), ("beta_schedule", "sigmoid"),
   ("variance_type", "learned"), ("variance_type", "learned_range"), ("variance_type", "fixed_large_log"),
-  ("prediction_type", "flow"), ("trained_betas", [0.1, 0.2]), ("thresholding", True),
+  ("prediction_type", "flow"), ("trained_betas", [0.1, 0.2]), ("trained_betas", "a"), ("thresholding", True),
   ("rescale_betas_zero_snr", True), ("clip_sample", "yes"), ("clip_sample_range", 2.0)])
 def test_schedulers_that_are_refused(key, value):
   _, config = hub.to_diffusers(TINY_MODEL, {})
@@ -355,25 +372,46 @@ def test_a_private_one(server, tmp_path, monkeypatch):
   assert same(checkpoint.load("private/name")[0], model)
 
 def test_the_token_stays_with_the_hub(server, tmp_path, monkeypatch):
-  """And does not go where the hub sends us for the file."""
+  """It goes along to where a model has moved within the hub, but not to another host that has the file."""
   seen = []
-  class Elsewhere(http.server.BaseHTTPRequestHandler):
+  class Moved(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-      if self.server is hub_server:
-        self.send_response(302)
-        self.send_header("Location", f"http://127.0.0.1:{elsewhere.server_port}/file")
-      else: self.send_response(200)
+      away = f"http://127.0.0.1:{elsewhere.server_port}/file"
+      place = {(hub_server, "/file"): "/moved", (hub_server, "/moved"): away}
+      self.send_response(307 if (self.server, self.path) in place else 200)
+      if to := place.get((self.server, self.path)): self.send_header("Location", to)
       seen.append(self.headers.get("Authorization"))
       self.send_header("Content-Length", "2")
       self.end_headers()
       self.wfile.write(b"{}")
     def log_message(self, *_): pass
-  hub_server, elsewhere = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) for _ in range(2)]
+  hub_server, elsewhere = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moved) for _ in range(2)]
   for s in (hub_server, elsewhere): threading.Thread(target=s.serve_forever, daemon=True).start()
-  monkeypatch.setenv("HF_TOKEN", "secret")
-  hub.fetch(f"http://127.0.0.1:{hub_server.server_port}/file", tmp_path/"file", "file")
+  monkeypatch.setenv("HF_TOKEN", "secret\n")
+  download.fetch(f"http://127.0.0.1:{hub_server.server_port}/file", tmp_path/"file.json", "file")
   for s in (hub_server, elsewhere): s.shutdown(), s.server_close()
-  assert seen == ["Bearer secret", None] and (tmp_path/"file").read_bytes() == b"{}"
+  assert seen == ["Bearer secret", "Bearer secret", None] and (tmp_path/"file.json").read_bytes() == b"{}"
+
+@pytest.mark.parametrize("file, wrong", [
+  (f"unet/{WEIGHTS}", lambda body: body[:-10]), (f"unet/{WEIGHTS}", lambda body: body + b"x"),
+  (f"unet/{WEIGHTS}", lambda body: b""), ("unet/config.json", lambda body: b"<html>log in</html>"),
+  ("model_index.json", gzip.compress)])
+def test_what_is_no_such_file_is_not_kept(file, wrong, server, tmp_path):
+  publish(server, tmp_path, "owner/name@main", model := random_model())
+  body, key = server.files[f"owner/name@main/{file}"], f"owner/name@main/{file}"
+  server.files[key] = wrong(body)
+  refused(lambda: checkpoint.load("owner/name"), "'owner/name'", f"its answer for {Path(file).name} is")
+  assert not [p for p in (tmp_path/"cache").rglob("*") if p.name.startswith(Path(file).name)]
+  server.files[key] = body
+  assert same(checkpoint.load("owner/name")[0], model)
+
+def test_averaged_weights_on_the_hub(server, tmp_path):
+  """Those of unet_ema/, or with `raw` those of unet/, whichever came first."""
+  averaged, raw = random_model(), random_model(seed=1)
+  publish(server, tmp_path, "owner/name@main", averaged)
+  server.files |= {k.replace("/unet/", "/unet_ema/"): v for k, v in server.files.items()}
+  publish(server, tmp_path, "owner/name@main", raw)
+  for choice in (True, False, True): assert same(checkpoint.load("owner/name", choice)[0], raw if choice else averaged)
 
 def test_one_that_is_not_there(server, tmp_path, monkeypatch):
   refused(lambda: checkpoint.load("owner/none"), "'owner/none'", "404", "neither a file nor a folder")
@@ -410,13 +448,13 @@ def test_what_another_program_left_is_gone_on_with(server, tmp_path):
 def test_a_failed_download_is_kept_and_is_no_model(server, tmp_path, monkeypatch):
   publish(server, tmp_path, "owner/name@main", model := random_model())
   body = server.files[f"owner/name@main/unet/{WEIGHTS}"]
-  receive = hub.receive
+  receive = download.receive
   def breaks(url, f, tag, desc):
     if not url.endswith(WEIGHTS): return receive(url, f, tag, desc)
     if not f.tell(): f.write(body[:5000]), tag.write_text(f'"{hash(body)}"')
     raise ConnectionError("the network is gone")
   with monkeypatch.context() as m:
-    m.setattr(hub, "receive", breaks)
+    m.setattr(download, "receive", breaks)
     refused(lambda: checkpoint.load("owner/name"), "'owner/name'", "the network is gone")
   place = tmp_path/"cache/downloads/owner/name@main/unet"
   assert not (place/WEIGHTS).exists() and (place/f"{WEIGHTS}.part").stat().st_size == 5000
@@ -441,8 +479,8 @@ def test_one_in_the_cache_of_huggingface(variable, cache, server, tmp_path, monk
   refused(lambda: checkpoint.load("owner/name"), "404")
 
 def test_what_is_a_name():
-  for name in ("google/ddpm-cifar10-32", "a/b@main", "a/b.c@refs/pr/1", "a_b/c@v1.0"): assert hub.is_name(name)
-  for name in ("runs/", "../a", "a/..", "a", "a/b/c", "a/b@", "/a/b", "a/b@/c"): assert not hub.is_name(name)
+  for name in ("google/ddpm-cifar10-32", "a/b@main", "a/b.c@refs/pr/1", "a_b/c@v1.0"): assert download.is_name(name)
+  for name in ("runs/", "../a", "a/..", "a", "a/b/c", "a/b@", "/a/b", "a/b@/c"): assert not download.is_name(name)
 
 def test_a_name_on_the_hub_draws(server, tmp_path):
   publish(server, tmp_path, "owner/name@main", random_model(), {"ddpm": {"T": 3, "beta_T": 0.5}})
