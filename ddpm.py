@@ -216,5 +216,5 @@ def check(T:int, beta_1:float, beta_T:float, **words:str|Sequence[float]):
   if int(T) != T or T < 1: raise ValueError(f"T must be a whole number from 1 up, not {T!r}")
   if not (0 < beta_1 < 1 and 0 < beta_T < 1):
     raise ValueError(f"beta_1 and beta_T must lie between 0 and 1, not {beta_1} and {beta_T}")
-  if words["schedule"] in ("linear", "quad") and beta_1 > beta_T:
+  if str(words["schedule"]) in ("linear", "quad") and beta_1 > beta_T:
     raise ValueError(f"beta_1 must not exceed beta_T, but {beta_1} > {beta_T}")

@@ -18,6 +18,7 @@ from engine.capture import captured
 from engine.streams import stream
 from engine.terminal import number, parser, table
 from extras import quality
+from extras.guidance import told
 from extras.likelihood import report_ode
 from files.atomic import write_json
 from sample import check_places, model_flags, open_images, open_model
@@ -32,6 +33,7 @@ def negative_log_likelihood(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable
     x_t = ddpm.q_sample(x0, t, noise(t))
     total = (total + ddpm.vlb_term(x0, x_t, t, model(x_t, t), clip)).realize()
   return total
+
 class Bound(NamedTuple):  # in bits/dim
   total:np.ndarray    # (n,) L_T + L @ weight
   L_T:np.ndarray      # (n,)
@@ -72,6 +74,7 @@ def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t
   if not np.isfinite(total).all():
     raise ValueError("the bound is not finite: the model's answers are not numbers")
   return Bound(total, L_T, t, weight, L, mse_eps, mse_x0)
+
 def times(T:int, n:int, seed:int=0, samples_t:int|None=None) -> tuple[np.ndarray, np.ndarray]:
   """The terms of Eq. 5 to compute: t (n, m), and how many times each column stands for, (m,).
   The first column is t = 1, L_0. Of 2..T all are taken, or for each image one draw from each of
@@ -81,6 +84,7 @@ def times(T:int, n:int, seed:int=0, samples_t:int|None=None) -> tuple[np.ndarray
   u = [stream(seed, "times of the bound", i).random(len(width)) for i in range(n)]
   t = edges[:-1] + 1 + (np.array(u).reshape(n, -1) * width).astype(int)
   return np.insert(t, 0, 1, axis=1), np.insert(width.astype(float), 0, 1)
+
 def noise(seed:int, i:np.ndarray, t:np.ndarray|int, shape:tuple[int, ...]) -> np.ndarray:
   """ε ~ N(0, I) of the images i at the times t, both (B,): float32 (B, C, H, W)."""
   pairs = zip(i, np.broadcast_to(t, len(i)))
@@ -128,6 +132,7 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
     return np.stack([eq3 - log_normal(x, 0, 1), *sampled, *kl])      # −log p(x_T) − Σ log p_θ/q
   eq3, *terms = in_batches(walk, len(x0), batch, desc, ddpm.T)
   return Trajectories(eq3, *np.array(terms).reshape(2, -1, len(x0)).swapaxes(1, 2))
+
 def log_normal(x:np.ndarray, mean:np.ndarray|float, var:np.ndarray|float) -> np.ndarray:  # (B,)
   nats = -(np.square(x - mean) / var + np.log(2 * np.pi * var)) / 2
   return nats.reshape(len(x), -1).mean(1, dtype=np.float64) / math.log(2)
@@ -153,19 +158,6 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   check_places(a.json)
   if (a.lenet or a.nearest) and not a.samples: p.error("--lenet, --nearest: add --samples FILE.npz")
   return a
-
-def labels_of(a:argparse.Namespace, labels:np.ndarray, own:list[str], classes:int, meta:dict):
-  """What the model is told of each image: "none", nothing, or with --labels its number of the class
-  that has the number labels[i] and the name own[labels[i]] in the images' set."""
-  if not a.labels and not meta.get("null_class", True):
-    raise ValueError("this model always needs a class (evaluate.py --labels)")
-  if not a.labels: return np.full(len(labels), classes, np.int32) if classes else None
-  if not classes: raise ValueError("--labels: the model was trained without classes")
-  number = {name: i for i, name in enumerate(meta.get("classes") or own)}
-  labels = np.array([number.get(name, classes) for name in own], np.int32)[labels]
-  if labels.max() >= classes or set(a.against) - {"inverted", "shifted"}:
-    raise ValueError("--labels: some of these images have other classes than the model")
-  return labels
 
 def report_bound(T:int, b:Bound, how:str) -> dict:
   """Eq. 5 at the terminal; its numbers by name."""
@@ -194,7 +186,10 @@ def main(argv:list[str]|None=None):
   if (a.n or 0) > len(found.images): raise ValueError(f"--n {a.n}: {name} has {len(found.images)}")
   index = choose(len(found.images), a.n or 256, a.seed, "evaluated images")
   images, D, c = found.images[index], found.images[0].size, net.config
-  labels = labels_of(a, found.labels[index], found.classes, c["num_classes"], meta)
+  if a.labels and set(a.against) - {"inverted", "shifted"}: raise ValueError("--labels: --against "
+    "another dataset has other classes than the model")
+  own = found.labels[index] if a.labels else None
+  labels = told(own, found.classes, c["num_classes"], meta, len(index))
   common = {"seed": a.seed, "batch": a.batch, "clip": meta.get("clip", True) and not a.no_clip}
   how = f"{a.samples_t} random t for each image: unbiased" if a.samples_t else "all t"
   def measure(x0:np.ndarray, desc:str) -> Bound:

@@ -33,7 +33,7 @@ class Model:  # a trained model, and draw(), by which a figure of n rows draws w
 def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of n test images
   m = Model(a, n)
   index = choose(len(found := m.images(a)), m.n, a.seed, "evaluated images")
-  y = evaluate.labels_of(argparse.Namespace(labels=False), index, [], m.classes, m.meta)
+  y = guidance.told(None, [], m.classes, m.meta, len(index))
   return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, y, "bound")
 
 def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:

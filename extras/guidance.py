@@ -45,3 +45,17 @@ def all_equally(n:int, classes:int, seed:int) -> np.ndarray:
   if not classes: return np.zeros(n, np.int32)
   orders = [stream(seed, "order of classes", i).permutation(classes) for i in range(math.ceil(n / classes))]
   return np.concatenate(orders)[:n].astype(np.int32)
+
+def told(labels:np.ndarray|None, own:list[str], classes:int, meta:dict, n:int) -> np.ndarray|None:
+  """What a model of so many classes is told of n images that are measured: without labels "no class" or nothing, else
+  its number of the class that is number labels[i], of the name own[labels[i]], in the images' own set.
+
+  meta: the checkpoint's. ValueError if the model cannot do without labels, or has none, or other classes."""
+  if labels is None and not meta.get("null_class", True):
+    raise ValueError("this model always needs a class (evaluate.py --labels)")
+  if labels is None: return np.full(n, classes, np.int32) if classes else None
+  if not classes: raise ValueError("--labels: the model was trained without classes")
+  number = {name: i for i, name in enumerate(meta.get("classes") or own)}
+  labels = np.array([number.get(name, classes) for name in own], np.int32)[labels]
+  if labels.max() >= classes: raise ValueError("--labels: some of these images have other classes than the model")
+  return labels

@@ -50,7 +50,7 @@ def trained(known:data.Dataset, seed:int) -> LeNet:
   cache, where each seed's is kept."""
   path = cache()/f"lenet-{known.digest}-{seed}.safetensors"
   net = LeNet(known.images.shape[1:], len(known.classes), seed)
-  if path.exists(): return fill(net, open_tensors(path)[0], path)
+  if path.exists(): return fill(nn.state.get_state_dict(net), open_tensors(path)[0], path) or net
   adam = nn.optim.Adam(nn.state.get_parameters(net), lr=RATE)
   for v in nn.state.get_parameters(adam): v.replace(v.clone().realize())  # a captured step needs buffers
   def step(x:Tensor, y:Tensor) -> Tensor:
