@@ -54,7 +54,8 @@ def value(send, code):
   return send("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)["result"].get("value")
 
 def needs_gpu(send):
-  if not value(send, "navigator.gpu?.requestAdapter().then(found => !!found)"): pytest.skip("Chromium has no WebGPU here")
+  if not value(send, "navigator.gpu?.requestAdapter().then(found => !!found)"):
+    pytest.skip("this Chromium has no WebGPU in software")
 
 def until(send, code, seconds=120):
   """What the page's code is as soon as it is true."""
