@@ -1,12 +1,10 @@
 """The paper's figures and tables from a trained model: python figures.py 5 (rate and distortion), 6
 (progressive generation), 7 (shared latents), 8 (interpolation), table4 (Figure 5 as a table), and
 table2, which trains six small models: what is predicted, with which loss."""
-from __future__ import annotations
 import argparse, functools, itertools, sys
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
-from PIL import Image
 from tinygrad import Tensor
 import data, evaluate, sample, train
 from engine.batches import choose, drawing, mean_error
@@ -30,6 +28,7 @@ class Model:  # a trained model, and draw(), by which a figure of n rows draws w
     pictures.save_png(a.out, pictures.grid(data.to_uint8(x.reshape(-1, *self.shape)), columns))
   def images(self, a:argparse.Namespace) -> np.ndarray:
     return sample.open_images(a, "test", self.path, self.net, self.meta)[1].images
+
 def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of n test images
   m = Model(a, n)
   index = choose(len(found := m.images(a)), m.n, a.seed, "evaluated images")
@@ -55,9 +54,8 @@ def figure_5(a:argparse.Namespace):
   s, r, d = "reverse process steps (T−t)", "rate (bits/dim)", "RMSE (of 255)"
   curves = (steps, distortion, s, d), (steps, rate, s, r), (rate, distortion, r, d)
   plots = [pictures.plot({y_name: (x, y)}, "", x_name, y_name) for x, y, x_name, y_name in curves]
-  sheet = Image.new("RGB", (sum(p.width for p in plots), plots[0].height))
-  for i, p in enumerate(plots): sheet.paste(p, (i * p.width, 0))
-  pictures.save_png(a.out, sheet)
+  pictures.save_png(a.out, pictures.joined(plots))
+
 def table_4(a:argparse.Namespace):
   """Table 4: rate and distortion at every tenth of the reverse process."""
   m, b = measured(a, 64)
@@ -66,6 +64,7 @@ def table_4(a:argparse.Namespace):
   for tenth in range(10, 0, -1):
     t, rate, distortion = rows[np.abs(T - rows[:, 0] + 1 - T * tenth / 10).argmin()]
     print(f"{T - t + 1:>9.0f}{rate:>18.5f}{distortion:>18.5f}")
+
 def figure_6(a:argparse.Namespace):
   """Figure 6: x̂_0 over time, a row for each image."""
   m = Model(a, 8)

@@ -5,7 +5,6 @@ evaluate.py's --lenet and --nearest. Not in the paper, which uses FID, by a netw
 import sys
 from pathlib import Path
 import numpy as np
-from PIL import Image
 from tinygrad import Context, Device, Tensor, nn
 import data
 from engine.batches import in_batches
@@ -129,11 +128,8 @@ def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray, k:i
     about = f"of 255, the median; 1% below {np.quantile(v, 0.01):.2f}, the least {v[0]:.2f}, of {len(v)}"
     table(**{f"nearest training image, {name}": (np.median(v), about)})
   shares = {name: (v, np.arange(1, len(v) + 1) / len(v)) for name, v in sets.items()}
-  top = pictures.grid(np.concatenate(rows), len(closest), row_names=names).convert("RGB")
+  top = pictures.grid(np.concatenate(rows), len(closest), row_names=names)
   below = pictures.plot(shares, "Nearest training image", "distance (RMS, of 255)", "share of images within it")
-  sheet = Image.new("RGB", (max(top.width, below.width), top.height + below.height), "white")
-  sheet.paste(top, (0, 0))
-  sheet.paste(below, (0, top.height))
-  pictures.save_png(path, sheet)
+  pictures.save_png(path, pictures.joined([top, below], down=True))
   print(f"wrote {path}", file=sys.stderr)
   return {name: v.tolist() for name, v in sets.items()}

@@ -9,7 +9,7 @@ from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
 
 def blocks(x:Tensor, lo:int=0, hi:int=0) -> Tensor:
-  """x (B,H,W,C) with a border of zeros, in blocks of channels, (B,C/l,H',W',l): what a core reads then lies together."""
+  """x (B,H,W,C) with a border of zeros, in blocks of channels (B,C/l,H',W',l): what a core reads lies together."""
   B, H, W, C = x.shape
   part, l = functools.partial(block_kernel, lo=lo, device=first(x)), block(first(x), C)
   return launch(part, (B, C//l, H+lo+hi, W+lo+hi, l), x.dtype, x.contiguous())
@@ -43,7 +43,7 @@ def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=
 
 @functools.cache
 def conv_function(stride:int, pad:int, n:int):
-  """(x, w, n adds) -> y and x with its border. The gradients are convolutions as well: autodiff's take 4 times as long."""
+  """(x, w, n adds) -> y and x with its border. The gradients are convolutions: autodiff's take 4 times as long."""
   def forward(x:Tensor, w:Tensor, *adds:Tensor) -> tuple[Tensor, Tensor]:
     (B, H, W, _), k, O = x.shape, w.shape[0], w.shape[3]
     lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)

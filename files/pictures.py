@@ -86,6 +86,16 @@ def picture(x:np.ndarray) -> Image.Image:
   """One uint8 image (C, H, W) as a PIL image."""
   return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0))
 
+def joined(images:Sequence[Image.Image], down:bool=False) -> Image.Image:
+  """PIL images side by side or, with `down`, one below the other, on white."""
+  widths, heights = [img.width for img in images], [img.height for img in images]
+  size = (max(widths), sum(heights)) if down else (sum(widths), max(heights))
+  sheet, at = Image.new("RGB", size, "white"), 0
+  for img in images:
+    sheet.paste(img, (0, at) if down else (at, 0))
+    at += img.height if down else img.width
+  return sheet
+
 def plot(series:Mapping[str, tuple[ArrayLike, ArrayLike]], title:str="", xlabel:str="", ylabel:str="",
          log_y:bool=False) -> Image.Image:
   """A PIL image, 720x440, of the curves {name: (xs, ys)}. A curve is broken where it is not finite (or, with log_y,
