@@ -9,7 +9,7 @@ from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
 
 def blocks(x:Tensor, lo:int=0, hi:int=0) -> Tensor:
-  """x (B,H,W,C) with a border of zeros, in blocks of channels, (B,C/l,H',W',l): what a core reads then lies together."""
+  """x (B,H,W,C) with a border of zeros, in blocks of channels, (B,C/l,H',W',l): what a core reads lies together."""
   (B, H, W, C), l = x.shape, block(first(x), x.shape[3])
   def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
     inside = Tensor(g).shrink((None, None, (lo, lo+H), (lo, lo+W), None))
