@@ -9,10 +9,13 @@ from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import Ops, UOp
 
 def blocks(x:Tensor, lo:int=0, hi:int=0) -> Tensor:
-  """x (B,H,W,C) with a border of zeros, in blocks of channels (B,C/l,H',W',l): what a core reads lies together."""
-  B, H, W, C = x.shape
-  part, l = functools.partial(block_kernel, lo=lo, device=first(x)), block(first(x), C)
-  return launch(part, (B, C//l, H+lo+hi, W+lo+hi, l), x.dtype, x.contiguous())
+  """x (B,H,W,C) with a border of zeros, in blocks of channels, (B,C/l,H',W',l): what a core reads lies together."""
+  (B, H, W, C), l = x.shape, block(first(x), x.shape[3])
+  def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    inside = Tensor(g).shrink((None, None, (lo, lo+H), (lo, lo+W), None))
+    return None, inside.permute(0, 2, 3, 1, 4).reshape(B, H, W, C).uop
+  part = functools.partial(block_kernel, lo=lo, device=first(x))
+  return launch(part, (B, C//l, H+lo+hi, W+lo+hi, l), x.dtype, x.contiguous(), grad_fxn=grad)
 
 def column_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(A,R,C) each -> (A,C): the sum (or maximum) over r of their product."""
@@ -27,39 +30,33 @@ def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
 
 # *** convolution ***
 
-def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
-  """unet.convolve."""
-  return conv_function(stride, pad, len(adds))(x, w, *adds)[0]
+def laid(w:Tensor, l:int) -> Tensor:
+  """w (k,k,C,O) in the order in which a convolution of blocks of l channels reads it."""
+  (k, _, C, O), m = w.shape, block(first(w), w.shape[3])
+  return w.reshape(k, k, C//l, l, O//m, m).permute(4, 2, 0, 1, 3, 5)
 
-def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=1) -> Tensor:
-  """x, with its border, perhaps in blocks, convolved with w (k,k,C,O), plus each of `adds`, whose axes of size 1
-  broadcast: `shape` (B,H,W,O). For several pixels w is laid in the order in which it is read."""
-  k, _, C, O = w.shape
-  if shape[1]*shape[2] > 1:
-    m, l = block(first(x), O), x.shape[-1]
-    w = w.reshape(k, k, C//l, l, O//m, m).permute(4, 2, 0, 1, 3, 5)
+def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=1, grad_fxn=None) -> Tensor:
+  """x, with its border and in blocks, convolved with w, plus each of `adds`, whose axes of size 1 broadcast."""
+  w = laid(w, x.shape[-1]) if shape[1]*shape[2] > 1 else w  # a single pixel: each number of w is read once
   part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
-  return launch(part, shape, x.dtype, x, w.contiguous(), *(a.contiguous() for a in adds))
+  return launch(part, shape, x.dtype, x, w.contiguous(), *(a.contiguous() for a in adds), grad_fxn=grad_fxn)
 
-@functools.cache
-def conv_function(stride:int, pad:int, n:int):
-  """(x, w, n adds) -> y and x with its border. The gradients are convolutions: autodiff's take 4 times as long."""
-  def forward(x:Tensor, w:Tensor, *adds:Tensor) -> tuple[Tensor, Tensor]:
-    (B, H, W, _), k, O = x.shape, w.shape[0], w.shape[3]
-    lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)
-    xp = x.contiguous() if k == 1 else blocks(x, lo, hi)
-    return windows(xp, w, (B, H//stride, W//stride, O), *adds, stride=stride), xp
+def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
+  """unet.convolve. The gradients are convolutions as well: autodiff's take 4 times as long."""
+  (B, H, W, C), k = x.shape, w.shape[0]
+  lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)
+  xp = blocks(x, lo, hi) if k > 1 else x.contiguous()
 
-  def backward(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
-    (x, w, *adds), xp, g = [Tensor(u) for u in call.src[1:3+n]], Tensor(call.gettuple(1)), Tensor(g).contiguous()
-    (B, H, W, C), k = x.shape, w.shape[0]
-    p = k//2 if stride == 1 else 0
-    gp = g if k == 1 else blocks(g, p, p)
+  def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    xp, g, p = Tensor(call.src[2]), Tensor(g).contiguous(), k//2 if stride == 1 else 0
+    gp = blocks(g, p, p) if k > 1 else g
     # dx at stride 1: g convolved with the flipped, transposed kernel
     if stride == 1: dx = windows(gp, w.flip((0, 1)).transpose(2, 3), x.shape)
     else:
-      dx = windows(blocks(g, 1-pad, pad), phase_taps(w, pad, 1-pad), (B, H//2, W//2, 4*C))
+      dx = windows(blocks(g, hi, lo), phase_taps(w, lo, hi), (B, H//2, W//2, 4*C))
       dx = dx.reshape(B, H//2, W//2, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
+    dx = dx.pad((None, (lo, hi), (lo, hi), None))
+    if k > 1: dx = dx.reshape(*dx.shape[:3], *xp.shape[1::3]).permute(0, 3, 1, 2, 4)
     # dw: a sum for each group of images, then over the groups: the sums are short, and a group fits the cache
     groups = groups_of(g, min(16, -(-B*H*W//2048)))
     dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (groups, *w.shape),
@@ -70,8 +67,9 @@ def conv_function(stride:int, pad:int, n:int):
       if a.shape == g.shape: return g.uop
       per_image = column_sum(g.reshape(B, -1, g.shape[3]))
       return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
-    return dx.uop, dw.uop, *map(da, adds), *(None for _ in call.src[3+n:])  # what the function itself allocates
-  return function(forward, allow_implicit=True, grad_fxn=backward)
+    return None, dx.uop, (laid(dw, xp.shape[-1]) if len(call.src[3].shape) == 6 else dw).uop, *map(da, adds)
+
+  return windows(xp, w, (B, H//stride, W//stride, w.shape[3]), *adds, stride=stride, grad_fxn=grad)
 
 def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
   """unet.linear, as a convolution of one pixel."""
@@ -79,33 +77,29 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
 
 # *** attention ***
 
-def product(a:Tensor, b:Tensor) -> Tensor:
-  """a (B,N,R), b (B,R,M) -> a b (B,N,M); b is laid in the order in which it is read."""
+def matmul(a:Tensor, b:Tensor) -> Tensor:
+  """a (B,N,R), b (B,R,M) -> a b (B,N,M)."""
   (B, R, M), m = b.shape, block(first(b), b.shape[2])
+  def laid(b:Tensor) -> Tensor: return b.reshape(B, R, M//m, m).transpose(1, 2)  # in the order in which it is read
+  def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    return None, matmul(d := Tensor(g).contiguous(), b.transpose(1, 2)).uop, laid(matmul(a.transpose(1, 2), d)).uop
   part = functools.partial(product_kernel, rows=False, cols=False, scale=1., device=first(a))
-  return launch(part, (*a.shape[:2], M), a.dtype, a.contiguous(), b.reshape(B, R, M//m, m).transpose(1, 2).contiguous())
-
-def softmax(s:Tensor) -> Tensor:
-  """exp(s) / Σ exp(s) along the last axis."""
-  e = (s - row_sum(s, op=Ops.MAX).contiguous()).exp().contiguous()
-  return (e / row_sum(e).contiguous()).contiguous()
+  return launch(part, (*a.shape[:2], M), a.dtype, a.contiguous(), laid(b).contiguous(), grad_fxn=grad)
 
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
   """unet.attention."""
-  return attention_function(q, k, v)[0]
+  return matmul(softmax(matmul(q * q.shape[2]**-0.5, k.transpose(1, 2))), v)
 
-def attention_backward(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
-  (q, k, v), p, g = [Tensor(u) for u in call.src[1:4]], Tensor(call.gettuple(1)), Tensor(g).contiguous()
-  dp, scale = product(g, v.transpose(1, 2)), q.shape[2]**-0.5
-  ds = (p * (dp - row_sum(dp, p).contiguous()) * scale).contiguous()
-  return (product(ds, k).uop, product(ds.transpose(1, 2), q).uop, product(p.transpose(1, 2), g).uop,
-          *(None for _ in call.src[4:]))
+def softmax_backward(g:UOp, call:UOp):
+  p, g = Tensor(call.gettuple(0)), Tensor(g).contiguous()
+  return (p * (g - row_sum(g, p).contiguous())).uop, *(None for _ in call.src[2:])
 
-@functools.partial(function, allow_implicit=True, grad_fxn=attention_backward)
-def attention_function(q:Tensor, k:Tensor, v:Tensor) -> tuple[Tensor, Tensor]:
-  """-> the output and p = softmax(q kᵀ / √C), (B,N,N)."""
-  p = softmax(product(q * q.shape[2]**-0.5, k.transpose(1, 2)))
-  return product(p, v), p
+@functools.partial(function, precompile=True, allow_implicit=True, grad_fxn=softmax_backward)
+def softmax(s:Tensor) -> Tensor:
+  """exp(s) / Σ exp(s) along the last axis."""
+  s = s.contiguous()
+  e = (s - row_sum(s, op=Ops.MAX).contiguous()).exp().contiguous()
+  return (e / row_sum(e).contiguous()).contiguous()
 
 # *** GroupNorm ***
 

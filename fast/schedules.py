@@ -16,7 +16,7 @@ def divisor(n:int, most:int) -> int: return max(d for d in range(1, most+1) if n
 
 # *** the CPU ***
 
-Tiles = tuple[tuple[int, ...], tuple[int, ...]]  # of each loop the numbers in registers; which the cores share
+Tiles = tuple[tuple[int, ...], tuple[int, ...]]  # how much of each loop stays in registers; which the cores share
 
 LARGE = 2**18   # products that are worth the cores' sharing them
 CACHED = 2**17  # numbers that fit a core's second cache beside others
