@@ -164,5 +164,6 @@ def block_kernel(y:UOp, x:UOp, lo:int, device:str) -> UOp:
   def term(at, inner):
     b, q, i, j, c = at
     ok = (i >= lo) & (i < h+lo) & (j >= lo) & (j < w+lo)
-    return x[b, (i-lo).valid(ok), (j-lo).valid(ok), q*l+c]
+    v = x[b, (i-lo).valid(ok), (j-lo).valid(ok), q*l+c]
+    return ok.where(v, v.const_like(0)) if 1 in (h, w) else v  # tinygrad forgets `valid` where an axis has size 1
   return kernel(f"block_{h}x{w}_{C}_{lo}_{H-h-lo}", y, (), term, tiles=block_tiles(device, y.shape))

@@ -286,7 +286,7 @@ def test_attention_of_many_positions_and_its_gradients():
   for g, want in zip(found, (ds @ k, ds.transpose(0, 2, 1) @ q, p.transpose(0, 2, 1) @ r)): close(g, want, atol=1e-5)
 
 @pytest.mark.parametrize("H,C,O,k,stride", [
-  (4, 64, 96, 3, 1), (4, 96, 64, 1, 1), (4, 128, 64, 3, 2), (2, 256, 128, 3, 1), (2, 64, 64, 3, 2)])
+  (4, 64, 96, 3, 1), (4, 96, 64, 1, 1), (4, 128, 64, 3, 2), (2, 256, 128, 3, 1), (2, 64, 64, 3, 2), (1, 32, 64, 3, 1)])
 def test_a_convolution_of_many_channels_and_its_gradients(H, C, O, k, stride):
   """Of several blocks of channels; at 256 the blocks are the outer loop. By numpy in float64."""
   B, (lo, hi) = 5, (k//2, k//2) if stride == 1 else (0, 1)
