@@ -19,9 +19,10 @@ def written(path, ddpm, meta, **config):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-  """The address of a page of three classes."""
+  """The address of a page of three classes, of a network with attention, two sizes and as few channels as can be."""
   classes = ["dot", "cross", "ring"]
-  return written(tmp_path_factory.mktemp("page")/"page.html", DIGITS, dict(classes=classes), num_classes=3)
+  return written(tmp_path_factory.mktemp("page")/"page.html", DIGITS, dict(classes=classes), num_classes=3, channels=4,
+                 norm_groups=2, channel_mult=(1, 1))
 
 def test_a_file_of_readable_size():
   for name, most in (("page.py", 120), ("page.html", 200)):
@@ -125,8 +126,8 @@ def compared(send, url):
 
 def test_colours_v_and_no_clipping(tmp_path, send):
   ddpm = DDPM(T=30, beta_T=0.3, schedule="cosine", sigma="beta_tilde", predict="v")
-  url = written(tmp_path/"page.html", ddpm, {"clip": False}, in_channels=3, image_size=(8, 4), channel_mult=(1,),
-                attn_resolutions=())
+  url = written(tmp_path/"page.html", ddpm, {"clip": False}, in_channels=3, image_size=(8, 4), channels=4,
+                norm_groups=2, channel_mult=(1,), attn_resolutions=())
   found = compared(send, url)
   assert [m["w"] for m in found] == [1, 1] and max(m["difference"] for m in found) < 2e-3
 
