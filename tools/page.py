@@ -3,11 +3,10 @@ by WebGPU, and asks no other address for anything.
 
   python tools/page.py --checkpoint runs/mnist --out digits.html
 
-In it are the network as tinygrad's kernels in WGSL, its weights in 16 bits, the tables of ddpm.py, and page.js, which
-is Algorithm 2 on the noise that sample.py draws: a seed leads to the same images. With #test behind its address, the
-page compares itself with Python."""
+It is page.html, which has Algorithm 2 in JavaScript, with the network as tinygrad's kernels in WGSL, its weights in 16
+bits and the tables of ddpm.py. With #test behind its address, the page compares itself with Python."""
 from __future__ import annotations
-import base64, json, math, sys
+import base64, json, sys
 from pathlib import Path
 import numpy as np
 if not __package__: sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a file, not by -m
@@ -16,6 +15,7 @@ from tinygrad.uop.ops import Ops, UOp
 import unet
 from ddpm import DDPM
 from engine.capture import captured, placed
+from engine.streams import normals, stream
 from engine.terminal import parser, run
 from extras.guidance import labelling
 from files.atomic import atomic
@@ -23,6 +23,9 @@ from sample import SAMPLERS, check_places, draw_x_T, image_shape, open_model, ti
 from tools.bench import calls, source
 
 BATCH, TESTED, STEPS = 8, 2, 10  # the images of the page; how many of them #test compares, and after how many steps
+UNIFORM = "@group(0) @binding(0)\nvar<uniform> INFINITY : f32;"  # tinygrad's, for the first value of a maximum
+WGSL = """const INFINITY = 3.4e38f;  // and a sine of any angle: WGSL promises nothing of sin beyond -π..π
+fn sine(x:f32) -> f32 { let k = round(x / 6.2831853); return sin(x - k * 6.28125 - k * 0.0019353072); }"""
 
 def text(array:np.ndarray) -> str: return base64.b64encode(array.tobytes()).decode()
 
@@ -52,7 +55,7 @@ def network(net:unet.UNet) -> dict:
   codes, plan = dict[str, int](), []
   for kernel, *buffers in (c.src for c in calls([call])):
     if kernel.op is not Ops.PROGRAM: raise RuntimeError(f"a browser has no {kernel.op.name} between its kernels")
-    number = codes.setdefault(source(kernel), len(codes))
+    number = codes.setdefault(source(kernel).replace(" sin(", " sine(").replace(UNIFORM, WGSL), len(codes))
     plan.append([number, kernel.arg.global_size, [part(buffers[i]) for i in kernel.arg.globals]])
   given, packed = [place(v.uop.base) for v in (table, x, t, y)], [np.pad(w, (0, -w.size % 64)) for w in weights]
   return dict(kernels=[*codes], plan=plan, places=given, out=part(out.uop), memory=size,
@@ -65,26 +68,24 @@ def chain(ddpm:DDPM, sampler:str, steps:int) -> dict:
   return dict(sampler=sampler, steps=steps, times=d.times.tolist()) | {
     name: [float(f"{v:.9g}") for v in table.astype(np.float32)] for name, table in tables.items()}
 
-def answers(ddpm:DDPM, net:unet.UNet, clip:bool, known:bool) -> list[dict]:
-  """What Python draws by both samplers, in a few steps and, where the network knows it, with guidance: for #test."""
+def answers(ddpm:DDPM, net:unet.UNet, clip:bool, known:bool) -> dict:
+  """For #test: what Python draws by both samplers, with guidance if the network knows it; its x_T and each step's z."""
   w, steps, x_T, made = 2 if known else 1, min(STEPS, ddpm.T), draw_x_T(TESTED, image_shape(net), seed=0), []
-  model = labelling(net, w, known)(np.arange(TESTED) // math.ceil(BATCH / max(1, net.config["num_classes"])))
+  model = labelling(net, w, known)(np.arange(TESTED) % max(1, net.config["num_classes"]))
   for sampler in ("ddpm", "ddim"):
     *_, (_, x_0, _) = SAMPLERS[sampler](ddpm, model, x_T, steps, clip=clip)
     made.append(chain(ddpm, sampler, steps) | dict(w=w, x_0=text(x_0.numpy())))
-  return made
+  rngs = [stream(0, "z", i) for i in range(TESTED)]
+  return dict(tests=made, noise=text(np.stack([x_T.numpy(), *(normals(rngs, x_T.shape[1:]) for _ in range(steps))])))
 
-def description(net:unet.UNet, ddpm:DDPM, meta:dict) -> dict[str, str]:
+def description(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
   """The model by its own account, in words."""
-  (C, H, W), classes, own = image_shape(net), net.config["num_classes"], meta.get("ddpm", {})
-  facts = {"Trained on": Path(str(meta.get("dataset") or "")).name,
-           "Training steps": f"{meta['step']:,}" if "step" in meta else "",
-           "Parameters": f"{sum(p.numel() for p in nn.state.get_parameters(net)):,}, here in 16 bits",
-           "Images": f"{H} × {W}, {'grey' if C == 1 else 'in colour'}" + f", {classes} classes" * (classes > 0),
-           "Forward process": f"T = {ddpm.T}, βₜ {own.get('schedule', '')} from {ddpm.beta[1]:g} to {ddpm.beta[-1]:g}",
-           "The network says": {"eps": "ε, the noise", "x0": "x₀, the image", "v": "v, of both"}[ddpm.predict],
-           "Variance of a step": {"beta": "σₜ² = βₜ", "beta_tilde": "σₜ² = β̃ₜ"}[ddpm.sigma]}
-  return {name: fact for name, fact in facts.items() if fact}
+  (_, H, W), trained, own = image_shape(net), Path(str(meta.get("dataset") or "")).name, meta.get("ddpm", {})
+  return (f"Trained on {trained}, {meta.get('step', 0):,} steps. " * bool(trained) + f"Images of {H} × {W} pixels. " +
+    f"{sum(p.numel() for p in nn.state.get_parameters(net)):,} parameters, here in 16 bits. " +
+    f"T = {ddpm.T}, βₜ {own.get('schedule', '')} from {ddpm.beta[1]:g} to {ddpm.beta[-1]:g}. The network says " +
+    {"eps": "ε, the noise", "x0": "x₀, the image", "v": "v, of both"}[ddpm.predict] + "; " +
+    {"beta": "σₜ² = βₜ.", "beta_tilde": "σₜ² = β̃ₜ."}[ddpm.sigma])
 
 def make(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
   """The page. ValueError, in one sentence, for a model that it does not know. The network is spent afterwards."""
@@ -96,14 +97,13 @@ def make(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
     p.replace(placed(w.astype(np.float16).astype(np.float32), str(p.device)))
   classes, clip, here = net.config["num_classes"], meta.get("clip", True), Path(__file__)
   known = classes > 0 and meta.get("null_class", True)
-  chains = dict.fromkeys((name, max(1, ddpm.T // part)) for name, part in (("ddpm", 1), ("ddpm", 4), ("ddim", 20)))
+  chains = dict.fromkeys((name, max(1, ddpm.T // part)) for name, part in (("ddpm", 4), ("ddpm", 1), ("ddim", 20)))
   model = dict(shape=image_shape(net), T=ddpm.T, predict=ddpm.predict, clip=clip, known=known,
                classes=meta.get("classes") or [*map(str, range(classes))], chains=[chain(ddpm, *c) for c in chains],
-               tests=answers(ddpm, net, clip, known), about=description(net, ddpm, meta),
-               licence=Path(here.parents[1], "LICENSE").read_text(), **network(net))
-  html, script = (here.with_suffix(kind).read_text() for kind in (".html", ".js"))
+               about=description(net, ddpm, meta), licence=Path(here.parents[1], "LICENSE").read_text(),
+               **answers(ddpm, net, clip, known), **network(net))
   filling = json.dumps(model, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-  return html.replace("SCRIPT", script).replace("MODEL", filling)
+  return here.with_suffix(".html").read_text().replace("MODEL", filling)
 
 def main(argv:list[str]|None=None):
   p = parser("page.py", "Writes a trained model as one page that draws in a browser.")
