@@ -13,11 +13,10 @@ from engine import terminal
 @functools.cache
 def mpi() -> Any:
   """mpi4py.MPI if there are several processes, else None. From here on all but the first are silent.
-
   RuntimeError if mpi4py is missing, or belongs to another MPI than the one that started the processes."""
   n = max(int(os.environ.get(k) or 1) for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
   if n == 1: return None
-  os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # who waits gives its core to whoever works there
+  os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # a process that waits leaves its core to others
   try: from mpi4py import MPI
   except (ImportError, RuntimeError) as e:
     raise RuntimeError(f"{n} processes need MPI: pip install -r requirements-mpi.txt ({e})") from e

@@ -269,7 +269,8 @@ def test_wrong_for_this_model(command):
 
 def test_ctrl_c_is_one_sentence_and_writes_nothing(tmp_path):
   program = subprocess.Popen([sys.executable, ROOT/"sample.py", "--checkpoint", ROOT/"checkpoints"/"mnist.safetensors"],
-                             cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                             cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
   for line in program.stderr:
     if "1000 steps" in line: break
   os.killpg(program.pid, signal.SIGINT)                       # as a terminal does
