@@ -15,7 +15,7 @@ CHOICES = {"schedule": ("linear", "cosine", "quad", "const", "geometric"),
 
 def make_beta(T:int, beta_1:float, beta_T:float, schedule:str|Sequence[float]) -> np.ndarray:
   """β_1 .. β_T, Section 4: the variances of the forward steps, float64 (T+1,) with β_0 = 0."""
-  if not isinstance(schedule, str): beta = np.array(schedule, np.float64)
+  if not isinstance(schedule, str): beta, schedule = np.array(schedule, np.float64), "own"
   if schedule == "linear": beta = np.linspace(beta_1, beta_T, T)
   if schedule == "const": beta = np.full(T, beta_T)  # this and those below are not in the paper
   if schedule == "quad": beta = np.linspace(math.sqrt(beta_1), math.sqrt(beta_T), T) ** 2

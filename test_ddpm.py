@@ -72,7 +72,8 @@ def test_other_schedules():
   q = DDPM(schedule="quad")
   assert (q.beta[1], q.beta[1000]) == pytest.approx((1e-4, 0.02)) and np.allclose(np.diff(np.sqrt(q.beta[1:]), 2), 0)
   assert (DDPM(schedule="const").beta[1:] == 0.02).all()
-  assert DDPM(3, schedule=[0.3, 0.1, 0.2]).beta.tolist() == [0, 0.3, 0.1, 0.2]
+  for kind in (list, tuple, np.array):
+    assert DDPM(3, schedule=kind([0.3, 0.1, 0.2])).beta.tolist() == [0, 0.3, 0.1, 0.2]
   for own in ([0.1, 0.2], [0.1, 0.2, 1.0], [0.1, 0.0, 0.2], [0.1, math.nan, 0.2]):
     with pytest.raises(ValueError, match="T = 3 numbers between 0 and 1"): DDPM(3, schedule=own)
   g = DDPM(100, 4e-6, 0.3, "geometric")

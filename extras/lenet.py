@@ -17,7 +17,8 @@ from files.dataset import cache
 from files.weights import fill, open_tensors, write_tensors
 from unet import convolve, fan_average, linear
 
-EPOCHS, BATCH, RATE, SEEDS, SURE = 10, 32, 1e-3, 3, 0.99  # DenoisingDiffusion.jl trains its own so
+EPOCHS, BATCH, RATE = 10, 32, 1e-3  # as DenoisingDiffusion.jl trains its own
+SEEDS, SURE = 3, 0.99
 
 class LeNet:
   """LeNet-5 (LeCun et al. 1998) with ReLU and maxima: x (B, C, H, W) in [0, 1] -> 84 features (B, 84), and logits.
@@ -49,7 +50,9 @@ def trained(known:data.Dataset, seed:int) -> LeNet:
   cache, where each seed's is kept."""
   path = cache()/f"lenet-{known.digest}-{seed}.safetensors"
   net = LeNet(known.images.shape[1:], len(known.classes), seed)
-  if path.exists(): return fill(nn.state.get_state_dict(net), open_tensors(path)[0], path) or net
+  if path.exists():
+    fill(nn.state.get_state_dict(net), open_tensors(path)[0], path)
+    return net
   adam = nn.optim.Adam(nn.state.get_parameters(net), lr=RATE)
   for v in nn.state.get_parameters(adam): v.replace(v.clone().realize())  # a captured step needs buffers
   def step(x:Tensor, y:Tensor) -> Tensor:
@@ -103,12 +106,17 @@ def report_lenet(samples:np.ndarray, real:np.ndarray, images:np.ndarray, known:d
 # *** are they training images? ***
 
 def nearest(a:np.ndarray, b:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """For each row of a (n, d) the row of b (m, d) that is nearest, (n,), and its distance, (n,), over √d."""
-  a, b = a.reshape(len(a), -1).astype(np.float32), b.reshape(len(b), -1).astype(np.float32)
-  lengths = np.square(b).sum(1)
-  parts = [slice(i, i + 500) for i in range(0, len(a), 500)]
-  index = np.concatenate([(lengths - 2 * a[i] @ b.T).argmin(1) for i in progress(parts, "nearest images", len(parts))])
-  return index, np.sqrt(np.square(a - b[index]).mean(1))
+  """For each row of a (n, d) the row of b (m, d) that is nearest, (n,), and its distance, (n,), over √d. b may be
+  mapped and larger than the memory."""
+  def flat(x:np.ndarray) -> np.ndarray: return x.reshape(len(x), -1).astype(np.float32)
+  a, index, least = flat(a), np.zeros(len(a), int), np.full(len(a), np.inf, np.float32)
+  starts = range(0, len(b), 2000)
+  for start in progress(starts, "nearest images", len(starts)):
+    part = flat(b[start:start + 2000])
+    far = np.square(part).sum(1) - 2 * a @ part.T  # ‖a − b‖² without ‖a‖²
+    found, nearer = far.argmin(1), far.min(1) < least
+    index[nearer], least[nearer] = start + found[nearer], far.min(1)[nearer]
+  return index, np.sqrt(np.square(a - flat(b[index])).mean(1))
 
 def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray, k:int, path:Path) -> dict:
   """--nearest at the terminal: the distances of samples to the nearest training image, and those of as many images

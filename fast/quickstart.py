@@ -76,7 +76,7 @@ def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_line
 
 @functools.cache
 def changes() -> list[tuple]:
-  """What `scope` changes, so that a second program starts in 2.4 s instead of 16. tinygrad's own caches of schedules
+  """What `scope` changes, so that a second program starts in some 4 s instead of 20. tinygrad's own caches of schedules
   and kernels live as long as the process; if it kept them on the disk, this would be unnecessary."""
   programs = Kept("ddpm_programs", without_code, with_code)
   return [

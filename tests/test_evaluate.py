@@ -496,8 +496,8 @@ def test_frechet_distance():
   close(lenet.frechet(a, b), np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * root, rtol=1e-9)
 
 def test_nearest_images():
-  known = rng(1).integers(0, 256, (900, 1, 5, 4), np.uint8)
-  index = rng(2).permutation(900)[:700]
+  known = rng(1).integers(0, 256, (4500, 1, 5, 4), np.uint8)  # in three parts
+  index = rng(2).permutation(4500)[:700]
   close(lenet.nearest(known[index], known), (index, np.zeros(700)))
   moved = known[index].astype(np.float32) + np.array([3, 0, 4, 0], np.float32)
   close(lenet.nearest(moved, known), (index, np.full(700, 2.5)), rtol=1e-5)  # √((9 + 16) / 4)
@@ -505,12 +505,15 @@ def test_nearest_images():
 def test_lenet_and_nearest_at_the_terminal(compared, tmp_path, monkeypatch):
   """Two classes, dark and bright; the samples are ten training images. LeNets are kept: a second run trains none."""
   monkeypatch.setattr(lenet, "SEEDS", 2)
+  made, adam = [], lenet.nn.optim.Adam
+  monkeypatch.setattr(lenet.nn.optim, "Adam", lambda *a, **how: made.append(adam(*a, **how)) or made[-1])
   x = rng(1).integers(0, 60, (96, 1, 16, 16), np.uint8) + np.arange(96, dtype=np.uint8).reshape(-1, 1, 1, 1) % 2 * 150
   np.savez(tmp_path / "set.npz", images=x, labels=np.arange(96) % 2)
   pictures.save_npz(tmp_path / "made.npz", x[:10])
   flags = "--samples", "made.npz", "--dataset", "set.npz", "--lenet", "--nearest", 3, "--json", "r.json"
   out = compared(*flags)[1]
   first = json.loads((tmp_path / "r.json").read_text())
+  close([v.b1_t.item() for v in made], 0.9 ** (10 * 96 // 32), rtol=1e-4)  # each step has moved Adam's own state
   assert "10 samples to 96 test images" in out and "over 2 LeNets" in out and "of which a LeNet is sure" in out
   assert first["nearest"]["samples"] == [0.0] * 10 and len(first["lenet"]["Fréchet_LeNet_distance"]["each"]) == 2
   assert Image.open(tmp_path / "made.nearest.png").size[0] >= 720
