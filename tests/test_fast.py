@@ -213,7 +213,9 @@ def compiler(tmp_path, text):
   return dict(CC=str(tmp_path/"clang"), CACHEDB=str(tmp_path/"cache.db"), DEV="CPU")
 
 def start(program, *args, **env):
-  return subprocess.Popen([sys.executable, "-c", program, *args], cwd=ROOT, env=os.environ | env, text=True,
+  """Without what a program of ours that ran in this process before told clang to keep to itself."""
+  kept = {k: v for k, v in os.environ.items() if k != "CCC_OVERRIDE_OPTIONS"}
+  return subprocess.Popen([sys.executable, "-c", program, *args], cwd=ROOT, env=kept | env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 @with_clang
