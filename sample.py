@@ -4,8 +4,7 @@
   python sample.py --sampler ddim --steps 50 --n 64   # in a twentieth of the time
 
 SAMPLERS[name](ddpm, model, x_T, steps, seed=0, ...) is an iterator over (t, x_t, x̂_0): the time at
-which a step arrived, the image there, and the x_0 that the model saw. The first step leaves T, the
-last one arrives at 0. What is wrong with the arguments is said at the call."""
+which a step arrived, the image there, and the x_0 that the model saw. The last step is at 0."""
 from __future__ import annotations
 import argparse, functools, inspect, math, os, sys
 from collections.abc import Callable, Iterator, Sequence
@@ -74,26 +73,27 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   key = (ddpm, id(model), *times, clip, moves, *options.items(), start.shape, start.device)
   step = {m: on_device(m, chain, model, clip, jits, (*key, i)) for i, m in enumerate(made)}
   def loop(x_t:Tensor) -> Visits:                  # 1: x_T ~ N(0, I)
+    x0_hat = x_t.zeros_like().contiguous().realize()
     for t in range(chain.T, last - 1, -1):         # 2: for t = T, ..., 1 do
       for move in made:
-        z = normals(rngs, x_t.shape[1:]) if noisy else None  # 3: z ~ N(0, I), unused at t = 1
+        z = normals(rngs, x_t.shape[1:]) if noisy else x0_hat  # 3: z ~ N(0, I), unused at t = 1
         x_t, x0_hat = step[move](x_t, t, z)        # 4: xₜ₋₁ = 1/√αₜ (xₜ − βₜ/√(1−ᾱₜ) ε_θ) + σₜ z
       if t == 1: x_t = x0_hat
       yield int(chain.times[t - 1]), x_t, x0_hat   # 5: end for
   return loop(start)                               # 6: return x_0
 
 def on_device(move:Callable, chain:DDPM, model:Callable, clip:bool, jits:dict|None,
-              key:tuple) -> Callable[[Tensor, int, np.ndarray|None], list[Tensor]]:
+              key:tuple) -> Callable[[Tensor, int, np.ndarray|Tensor], list[Tensor]]:
   """A move as one captured step, from x_t, the chain's t and the noise z to x_{t-1} and x̂_0."""
   told = Tensor(chain.times.astype(np.int32)).realize()
   def network(x:Tensor, t:Tensor) -> Tensor: return model(x, told.to(x.device)[t])
-  def step(x_t:Tensor, t:Tensor, z:Tensor|None=None) -> tuple[Tensor, ...]:
+  def step(x_t:Tensor, t:Tensor, z:Tensor) -> tuple[Tensor, ...]:
     return move(chain, network, x_t, t, z, clip)
   jit = captured(step, jits, key)
-  def call(x_t:Tensor, t:int, z:np.ndarray|None) -> list[Tensor]:
-    given = [placed(np.full(x_t.shape[0], t, np.int32), str(x_t.device))]
-    if z is not None: given.append(placed(z, str(x_t.device)))
-    out = [v.clone() for v in jit(x_t, *given)]    # the next call writes over the jit's own
+  def call(x_t:Tensor, t:int, z:np.ndarray|Tensor) -> list[Tensor]:
+    at = placed(np.full(x_t.shape[0], t, np.int32), str(x_t.device))
+    if not isinstance(z, Tensor): z = placed(z, str(x_t.device))
+    out = [v.clone() for v in jit(x_t, at, z)]     # the next call writes over the jit's own
     Tensor.realize(*out)
     return out
   return call

@@ -788,15 +788,16 @@ def test_ddim_is_its_equation_12(eta):
     close(ours.numpy(), x_s, atol=GPU if t == 1000 else 2e-6)              # x̂_0 at T: 1e-7 / √ᾱ_T
     if s == 0: close(ours.numpy(), x0, atol=GPU)
 
-def test_ode_is_of_second_order_and_ddim_of_first():
-  """For data N(0, 0.5²) the flow scales x with the standard deviation of q(x_t). The step to 0 is left out: Euler's."""
+def test_ode_and_dpm_are_of_second_order_and_ddim_of_first():
+  """For data N(0, 0.2²) the flow scales x with the standard deviation of q(x_t). The step to 0 is left out: Euler's."""
   d, x_T, end = short(400), draw_x_T(8, (1, 2, 2), 1), 40
-  def sd(t): return math.sqrt(d.alpha_bar[t] * 0.5**2 + 1 - d.alpha_bar[t])
+  def sd(t): return math.sqrt(d.alpha_bar[t] * 0.2**2 + 1 - d.alpha_bar[t])
   def error(name, steps):
-    *_, (_, x, _) = SAMPLERS[name](d, exact(d, 0.0, 0.5), x_T, np.linspace(400, end, steps + 1).astype(int), clip=False)
+    *_, (_, x, _) = SAMPLERS[name](d, exact(d, 0.0, 0.2), x_T, np.linspace(400, end, steps + 1).astype(int), clip=False)
     return np.abs(x.numpy() - x_T.numpy() * sd(end) / sd(400)).max()
-  ode, ddim = [[error(name, steps) for steps in (20, 40)] for name in ("ode", "ddim")]
+  ode, dpm, ddim = [[error(name, steps) for steps in (20, 40)] for name in ("ode", "dpm", "ddim")]
   assert 3.2 < ode[0] / ode[1] < 5 and 1.8 < ddim[0] / ddim[1] < 2.3 and ddim[1] > 5 * ode[1]
+  assert 3.2 < dpm[0] / dpm[1] < 5 and ddim[1] > 2 * dpm[1]
 
 def test_sde_is_its_equation_6_and_pc_adds_langevin():
   d = short(20)

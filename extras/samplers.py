@@ -3,8 +3,9 @@ sample.py's loop; here is a function for each sampler that returns its moves.
 
 A move is a function (d, model, x_t, t, z, clip) -> (x, x̂_0) on tensors. d: the chain, a DDPM of as many steps as
 are taken, so that a step always goes from t to t−1; t (B,) counts its steps; model(x, t) knows what to tell the
-network. z ~ N(0, I) as x_t, or None where the sampler has no noise. The loop replaces what the last move leaves by
-its x̂_0. A sampler's function gets (ddpm, chain) and its options, and returns (moves, whether they use noise).
+network. z ~ N(0, I) as x_t; where the sampler has no noise it is the x̂_0 of the move before, 0 for the first. The
+loop replaces what the last move leaves by its x̂_0. A sampler's function gets (ddpm, chain) and its options, and
+returns (moves, whether they use noise).
 """
 import functools
 from collections.abc import Callable, Sequence
@@ -35,12 +36,12 @@ def ddim(ddpm:DDPM, chain:DDPM, eta:float=0.0) -> Moves:
   within("eta", eta, 0, 1)
   return [functools.partial(ddim_move, eta=eta)], eta > 0
 
-def ddim_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor|None, clip:bool, eta:float=0.0):
+def ddim_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool, eta:float=0.0):
   """Eq. 12 of DDIM: x_{t-1} = √ᾱ_{t−1} x̂_0 + √(1−ᾱ_{t−1}−σ²) ε̂ + σ z with σ² = η² β̃_t, its Eq. 16.
 
   With κ² = σ²/(1−ᾱ_{t−1}) = η² β_t/(1−ᾱ_t) the noise is √(1−ᾱ_{t−1}) (√(1−κ²) ε̂ + κ z)."""
   x0_hat, eps_hat = denoise(d, model, x_t, t, clip)
-  if eta and z is not None:
+  if eta:
     beta, noise = d.at(d.beta, t, x_t), d.at(d.sqrt_noise, t, x_t).square()
     kept = d.at(d.alpha, t, x_t) * d.at(d.sqrt_noise, t - 1, x_t).square() + (1 - eta**2) * beta  # (1−κ²)(1−ᾱₜ)
     eps_hat = (kept / noise).sqrt() * eps_hat + eta * (beta / noise).sqrt() * z
@@ -56,7 +57,7 @@ def ode(ddpm:DDPM, chain:DDPM) -> Moves:
   """The probability-flow ODE, Song et al. 2021 (arXiv:2011.13456), Eq. 13, by Heun's method: no noise."""
   return [heun], False
 
-def heun(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor|None, clip:bool):
+def heun(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool):
   """In x/√ᾱ and √((1−ᾱ)/ᾱ) the ODE is d(x/√ᾱ) = ε̂ d√((1−ᾱ)/ᾱ) (DDIM, Eq. 14). Euler's step is DDIM's, and Heun's
   is DDIM's with the mean of ε̂ at both ends. The last step is Euler's: no model knows time 0."""
   x0_hat, eps_t = denoise(d, model, x_t, t, clip)
@@ -65,6 +66,20 @@ def heun(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor|None, clip:bool)
   eps = column(t > 1, x_t).where((eps_t + eps_end) / 2, eps_t)
   start = (x_t - d.at(d.sqrt_noise, t, x_t) * eps) / d.at(d.sqrt_alpha_bar, t, x_t)
   return at_time(d, start, eps, t - 1), x0_hat
+
+def dpm(ddpm:DDPM, chain:DDPM) -> Moves:
+  """DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095), Algorithm 2: the ODE again, of second order with one
+  evaluation a step. λ = log √(ᾱ/(1−ᾱ)) is its time, r_t = (λ_t − λ_{t+1}) / (λ_{t−1} − λ_t) here."""
+  lam = np.log(chain.sqrt_alpha_bar[1:] / chain.sqrt_noise[1:])  # λ_1 … λ_T; λ_0 is infinite
+  w = np.zeros(chain.T + 1)                                      # 1/(2 r_t), but 0 for the first step and the last
+  w[2:-1] = np.diff(lam)[:-1] / np.diff(lam)[1:] / 2
+  return [functools.partial(multistep, w=table(w))], False
+
+def multistep(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, before:Tensor, clip:bool, w:Tensor):
+  """D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 of the step before; then DDIM's step with D in the place of x̂_0."""
+  x0_hat = denoise(d, model, x_t, t, clip)[0].contiguous()
+  D = x0_hat + column(w[t], x_t) * (x0_hat - before)
+  return at_time(d, D, d.predict_eps(x_t, t, D), t - 1), x0_hat
 
 # *** the reverse SDE, predictor and corrector, annealed Langevin dynamics ***
 
@@ -105,4 +120,5 @@ def langevin_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:b
   noise, step = d.at(d.sqrt_noise, t, x_t), column(r[t], x_t)
   return x_t - step * noise * eps_hat + (2 * step).sqrt() * noise * z, x0_hat
 
-MOVES:dict[str, Callable[..., Moves]] = {"ddim": ddim, "sde": sde, "pc": pc, "ode": ode, "langevin": langevin}
+MOVES:dict[str, Callable[..., Moves]] = {
+  "ddim": ddim, "ode": ode, "dpm": dpm, "sde": sde, "pc": pc, "langevin": langevin}
