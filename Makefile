@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python3.14; 
 PY = .venv/bin/python
 INSTALL = $(PY) -m pip install -qq --disable-pip-version-check -r
 
-.PHONY: train sample evaluate page bench gpu-report backends test lint table2 gallery setup clean
+.PHONY: train sample evaluate page bench gpu-report backends test lint table2 box density gallery setup clean
 train: setup
 	@$(PY) train.py --dataset $(DATASET) $(ARGS)
 sample: setup
@@ -31,6 +31,17 @@ lint: .venv/pytest
 # Table 2 of the paper on a small budget: six runs, each with its bound
 table2: setup
 	@$(PY) figures.py table2 --dataset $(DATASET) $(ARGS)
+
+# The two models of checkpoints/, each from nothing by one run that goes on where it stopped, then in half precision.
+box: setup
+	@$(PY) train.py --dataset mnist --channel-mult 1,4,6 --steps 40000 --ema 0.9995 --times weighted --min-snr 3 $(ARGS) --out runs/box
+	@$(PY) -c "$(HALF)" runs/box/ema.safetensors runs/box/mnist.safetensors
+density: setup
+	@$(PY) train.py --dataset mnist --no-class-conditional --channels 32 --channel-mult 1,2,2 --steps 60000 --lr 1e-3 --ema 0.999 \
+	  --schedule geometric --beta-1 4e-6 --beta-T 0.021 --sigma beta_tilde --times weighted --min-snr 0 --clip-x0 $(ARGS) --out runs/density
+	@$(PY) -c "$(HALF)" runs/density/ema.safetensors runs/density/mnist-density.safetensors
+HALF = import sys, numpy; from files import checkpoint; net, meta = checkpoint.load(sys.argv[1]); \
+  checkpoint.save(sys.argv[2], net, meta, numpy.float16); print('done:', sys.argv[2])
 
 # the pictures of README.md, from the model in the box (needs MNIST: some begin with test images)
 CHECKPOINT ?= checkpoints/mnist.safetensors

@@ -79,7 +79,8 @@ def fill(state:dict[str, Tensor], readers:Readers, path:str|os.PathLike):
     if v.shape != new.shape:
       raise ValueError(f"{path}: tensor {k!r} has shape {new.shape}, the network needs {v.shape}")
     if not np.isfinite(new).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
-    v.replace(Tensor(np.ascontiguousarray(new, np.float32), device=v.device).realize())
+    v.replace(Tensor(np.ascontiguousarray(new, np.float32), device=v.device))
+  Tensor.realize(*state.values())
 
 def converting(path:str|os.PathLike) -> str:
   """The command that makes a safetensors file of a file of PyTorch, where PyTorch is at hand."""

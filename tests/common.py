@@ -23,8 +23,9 @@ def arr(*shape, seed=0, scale=1.0):
 def random_model(**kw):
   """A network whose last layers are not near 0, so that every weight has an influence."""
   model = unet.UNet(**{**TINY, **kw})
-  for i, p in enumerate(nn.state.get_parameters(model)):
-    p.replace(Tensor(p.numpy() + arr(*p.shape, seed=i, scale=0.1)).realize())
+  parameters = nn.state.get_parameters(model)
+  for i, p in enumerate(parameters): p.replace(Tensor(p.numpy() + arr(*p.shape, seed=i, scale=0.1)))
+  Tensor.realize(*parameters)
   return model
 
 def refused(call, *words):
