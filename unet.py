@@ -157,7 +157,7 @@ class GroupNorm:
 def fan_average(rng:Rng, *shape:int, scale:float=1.) -> Tensor:
   """The authors' initialisation: uniform, of variance scale · 2/(fan_in + fan_out)."""
   limit = math.sqrt(6*scale / (math.prod(shape[:-1]) + math.prod(shape[:-2])*shape[-1]))
-  return Tensor(rng.uniform(-limit, limit, shape).astype(np.float32)).realize()
+  return Tensor(rng.uniform(-limit, limit, shape).astype(np.float32))
 
 @quick
 def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:

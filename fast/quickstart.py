@@ -72,6 +72,17 @@ class Below:
 def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
   return Below(u) if gate is None and not enter_calls else toposort(u, gate, enter_calls)
 
+find_view = UOp.contiguous_view
+
+def contiguous_view(u:UOp) -> tuple[UOp, int]|None:
+  """The buffer in which a view's numbers lie one after the other, and where they begin."""
+  of = u
+  while of.op in (Ops.RESHAPE, Ops.BITCAST): of = of.src[0]
+  start = of.marg[0][0] if of.op is Ops.SHRINK and len(of.shape) == 1 else 0
+  if of.op is Ops.SHRINK: of = of.src[0]
+  known = of.op is Ops.BUFFER and isinstance(of.device, str) and not of.device.startswith(("CL", "WEBGPU"))
+  return (of, start) if known and isinstance(start, int) and len(of.shape) == 1 else find_view(u)
+
 def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_linear(function)
 
 @functools.cache
@@ -84,6 +95,7 @@ def changes() -> list[tuple]:
     # of it to find out: 4 of the 10 s in which the mnist preset's training step is scheduled. Nearly always the answer
     # is no, and a bit for each buffer gives it. A set kept with each node would make this unnecessary.
     (UOp, "buffers_below", buffers_below), (UOp, "toposort", sorted_or_below),
+    (UOp, "contiguous_view", contiguous_view),
     # tinygrad's own text holds an address, and so would make another key each time
     (CallInfo, "__repr__", lambda c: f"CallInfo({c.name!r}, {c.precompile}, {c.precompile_backward})"),
     (tinygrad.schedule, "schedule_cache", Kept("ddpm_schedules")),
