@@ -2,8 +2,10 @@
 from __future__ import annotations
 import functools, hashlib, importlib.metadata, itertools, pathlib, sys, time
 from collections.abc import Callable, Iterator
+import numpy as np
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
-from tinygrad import Device, helpers
+from tinygrad import helpers
+from tinygrad.helpers import all_int
 from tinygrad.uop.ops import CallInfo, Ops, PatternMatcher, UOp, UPat, recursive_property
 
 class Kept(dict):
@@ -12,9 +14,9 @@ class Kept(dict):
   Of a first step's time nearly all goes into scheduling and lowering in Python, and that cache spares the C compiler
   alone. The keys are digests of what is scheduled or lowered, and of tinygrad's version and settings. (The cache holds
   machine code and pickles anyway: who can write to it needs no more.)"""
-  def __init__(self, table:str, shrink=lambda v: v, restore=lambda k, v: v):
+  def __init__(self, table:str, shrink=lambda v: v):
     settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items())
-    self.table, self.shrink, self.restore = table, shrink, restore
+    self.table, self.shrink = table, shrink
     code = [f.read_bytes() for f in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
     self.settings = repr((importlib.metadata.version("tinygrad"), settings,
                           hashlib.sha256(b"".join(code)).hexdigest()))  # an edited kernel of ours is another kernel
@@ -26,7 +28,7 @@ class Kept(dict):
     return found is not None
   def get(self, key, default=None):
     if not super().__contains__(key) and (v := helpers.diskcache_get(self.table, self.digest(key))) is not None:
-      super().__setitem__(key, self.restore(key, v))
+      super().__setitem__(key, v)
     return super().get(key, default)
   def __setitem__(self, key, value):
     super().__setitem__(key, value)
@@ -40,15 +42,11 @@ class Kept(dict):
       self.told, text = time.monotonic(), f"compiling: {self.made} of {self.made+len(self.missing)} kernels"
       print(f"\r\033[K{text}\r" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
 
-def without_code(program:UOp) -> UOp:
-  """What a launch reads of a lowered kernel: its parameters and its source, whose code the compiler's own cache has."""
-  sink, linear, source, _ = program.src
+def launched(program:UOp) -> UOp:
+  """What a launch reads of a lowered kernel: its parameters, its source and its code."""
+  sink, linear, *made = program.src
   params = tuple(u for u in linear.src if u.op is Ops.PARAM)
-  return program.replace(src=(UOp(Ops.SINK, src=params, arg=sink.arg), UOp(Ops.LINEAR, src=params), source))
-
-def with_code(key:tuple, program:UOp) -> UOp:
-  compiler = Device[key[2].device].renderer.compiler
-  return program.replace(src=(*program.src, UOp(Ops.BINARY, arg=compiler.compile_cached(program.src[2].arg))))
+  return program.replace(src=(UOp(Ops.SINK, src=params, arg=sink.arg), UOp(Ops.LINEAR, src=params), *made))
 
 toposort, serial = UOp.toposort, itertools.count()
 
@@ -72,16 +70,31 @@ class Below:
 def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
   return Below(u) if gate is None and not enter_calls else toposort(u, gate, enter_calls)
 
-find_view = UOp.contiguous_view
+find_view, find_property = UOp.contiguous_view, recursive_property.__get__
+MOVES:dict[Ops, Callable] = {
+  Ops.RESHAPE: np.reshape, Ops.PERMUTE: np.transpose,
+  Ops.FLIP: lambda a, which: np.flip(a, [i for i, flipped in enumerate(which) if flipped]),
+  Ops.PAD: lambda a, to: np.pad(a, [(i, n-i-size) for (i, n), size in zip(to, a.shape)], constant_values=-1)}
 
 def contiguous_view(u:UOp) -> tuple[UOp, int]|None:
-  """The buffer in which a view's numbers lie one after the other, and where they begin."""
-  of = u
-  while of.op in (Ops.RESHAPE, Ops.BITCAST): of = of.src[0]
-  start = of.marg[0][0] if of.op is Ops.SHRINK and len(of.shape) == 1 else 0
-  if of.op is Ops.SHRINK: of = of.src[0]
-  known = of.op is Ops.BUFFER and isinstance(of.device, str) and not of.device.startswith(("CL", "WEBGPU"))
-  return (of, start) if known and isinstance(start, int) and len(of.shape) == 1 else find_view(u)
+  """The buffer in which a view's numbers lie one after another, and where they begin; None if they do not."""
+  steps, of, start = [], u, 0
+  while of.op in MOVES or of.op in (Ops.SHRINK, Ops.BITCAST):
+    steps.append(of)
+    of = of.src[0]
+  if steps and steps[-1].op is Ops.SHRINK: start = steps.pop().marg[0][0]
+  if of.op is not Ops.BUFFER or of.device != "CPU" or not all_int((start, *of.shape)): return find_view(u)
+  if all(s.op in (Ops.RESHAPE, Ops.BITCAST) for s in steps): return of, start
+  if not all(s.op in MOVES and all_int(s.shape) for s in steps) or of.max_numel() > 2**24: return find_view(u)
+  places = np.arange(steps[-1].src[0].max_numel())
+  for s in reversed(steps): places = MOVES[s.op](places, s.marg)
+  return (of, start + int(places.flat[0])) if (np.diff(places.ravel()) == 1).all() else None
+
+def property_of(self:recursive_property, u:UOp|None, owner=None):
+  """A node's property. Where that of all its sources is known, nothing needs to be sorted first."""
+  if u is None or self.nm in u.__dict__ or not all(self.nm in s.__dict__ for s in u.src): return find_property(self, u)
+  u.__dict__[self.nm] = value = self.fxn(u)
+  return value
 
 def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_linear(function)
 
@@ -89,13 +102,13 @@ def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_line
 def changes() -> list[tuple]:
   """What `scope` changes, so that a second program starts in some 4 s instead of 20. tinygrad's own caches of schedules
   and kernels live as long as the process; if it kept them on the disk, this would be unnecessary."""
-  programs = Kept("ddpm_programs", without_code, with_code)
+  programs = Kept("ddpm_programs", launched)
   return [
     # For each buffer that is written, tinygrad asks whether anything computed before reads that buffer, and sorts all
     # of it to find out: 4 of the 10 s in which the mnist preset's training step is scheduled. Nearly always the answer
     # is no, and a bit for each buffer gives it. A set kept with each node would make this unnecessary.
     (UOp, "buffers_below", buffers_below), (UOp, "toposort", sorted_or_below),
-    (UOp, "contiguous_view", contiguous_view),
+    (UOp, "contiguous_view", contiguous_view), (recursive_property, "__get__", property_of), (helpers.TRACEMETA, "value", 0),
     # tinygrad's own text holds an address, and so would make another key each time
     (CallInfo, "__repr__", lambda c: f"CallInfo({c.name!r}, {c.precompile}, {c.precompile_backward})"),
     (tinygrad.schedule, "schedule_cache", Kept("ddpm_schedules")),
