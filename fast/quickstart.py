@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
 from tinygrad import helpers
-from tinygrad.helpers import all_int
+from tinygrad.helpers import all_int, argfix
 from tinygrad.uop.ops import CallInfo, Ops, PatternMatcher, UOp, UPat, recursive_property
 
 class Kept(dict):
@@ -71,6 +71,7 @@ def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
   return Below(u) if gate is None and not enter_calls else toposort(u, gate, enter_calls)
 
 find_view, find_property = UOp.contiguous_view, recursive_property.__get__
+simplify_all, shrink = UOp.simplify, UOp.shrink_to
 MOVES:dict[Ops, Callable] = {
   Ops.RESHAPE: np.reshape, Ops.PERMUTE: np.transpose,
   Ops.FLIP: lambda a, which: np.flip(a, [i for i, flipped in enumerate(which) if flipped]),
@@ -91,10 +92,21 @@ def contiguous_view(u:UOp) -> tuple[UOp, int]|None:
   return (of, start + int(places.flat[0])) if (np.diff(places.ravel()) == 1).all() else None
 
 def property_of(self:recursive_property, u:UOp|None, owner=None):
-  """A node's property. Where that of all its sources is known, nothing needs to be sorted first."""
-  if u is None or self.nm in u.__dict__ or not all(self.nm in s.__dict__ for s in u.src): return find_property(self, u)
-  u.__dict__[self.nm] = value = self.fxn(u)
-  return value
+  """A node's property. Where those of its sources are known, nothing needs to be sorted first."""
+  if u is None: return self
+  known, name = u.__dict__, self.nm
+  if name not in known:
+    for s in u.src:
+      if name not in s.__dict__: return find_property(self, u)
+    known[name] = self.fxn(u)
+  return known[name]
+
+def simplify(u:UOp, tracked:bool=False) -> UOp:
+  """A shape of numbers is as simple as can be."""
+  numbers = u.op is Ops.SINK and all(s.op is Ops.STACK and all(n.op is Ops.CONST for n in s.src) for s in u.src)
+  return u if numbers else simplify_all(u, tracked)
+
+def shrink_to(u:UOp, *shape) -> UOp: return u if argfix(*shape) == u.shape else shrink(u, *shape)
 
 def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_linear(function)
 
@@ -108,7 +120,8 @@ def changes() -> list[tuple]:
     # of it to find out: 4 of the 10 s in which the mnist preset's training step is scheduled. Nearly always the answer
     # is no, and a bit for each buffer gives it. A set kept with each node would make this unnecessary.
     (UOp, "buffers_below", buffers_below), (UOp, "toposort", sorted_or_below),
-    (UOp, "contiguous_view", contiguous_view), (recursive_property, "__get__", property_of), (helpers.TRACEMETA, "value", 0),
+    (UOp, "contiguous_view", contiguous_view), (recursive_property, "__get__", property_of),
+    (UOp, "simplify", simplify), (UOp, "shrink_to", shrink_to), (helpers.TRACEMETA, "value", 0),
     # tinygrad's own text holds an address, and so would make another key each time
     (CallInfo, "__repr__", lambda c: f"CallInfo({c.name!r}, {c.precompile}, {c.precompile_backward})"),
     (tinygrad.schedule, "schedule_cache", Kept("ddpm_schedules")),
