@@ -71,7 +71,7 @@ def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
   return Below(u) if gate is None and not enter_calls else toposort(u, gate, enter_calls)
 
 find_view, find_property = UOp.contiguous_view, recursive_property.__get__
-simplify_all, shrink = UOp.simplify, UOp.shrink_to
+simplify_all, shrink, find_item, find_variables = UOp.simplify, UOp.shrink_to, UOp.__getitem__, UOp.variables
 MOVES:dict[Ops, Callable] = {
   Ops.RESHAPE: np.reshape, Ops.PERMUTE: np.transpose,
   Ops.FLIP: lambda a, which: np.flip(a, [i for i, flipped in enumerate(which) if flipped]),
@@ -108,6 +108,18 @@ def simplify(u:UOp, tracked:bool=False) -> UOp:
 
 def shrink_to(u:UOp, *shape) -> UOp: return u if argfix(*shape) == u.shape else shrink(u, *shape)
 
+def item(u:UOp, at) -> UOp:
+  """A slice of a buffer, as the planner of memory takes thousands."""
+  plain = isinstance(at, slice) and at.step is None and u.op is Ops.BUFFER and u.device is not None and len(u.shape) == 1
+  if not plain or not all_int((at.start, at.stop)) or not 0 <= at.start < at.stop <= u.shape[0]: return find_item(u, at)
+  return u.shrink(((at.start, at.stop),))
+
+def variables(u:UOp) -> list[UOp]:
+  """The variables below a node. Many calls have the same kernel."""
+  if u.op is Ops.CALL: return sorted({v for s in u.src for v in variables(s)}, key=lambda v: v.expr)
+  if "_variables" not in u.__dict__: u.__dict__["_variables"] = find_variables(u)
+  return u.__dict__["_variables"]
+
 def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_linear(function)
 
 @functools.cache
@@ -121,7 +133,8 @@ def changes() -> list[tuple]:
     # is no, and a bit for each buffer gives it. A set kept with each node would make this unnecessary.
     (UOp, "buffers_below", buffers_below), (UOp, "toposort", sorted_or_below),
     (UOp, "contiguous_view", contiguous_view), (recursive_property, "__get__", property_of),
-    (UOp, "simplify", simplify), (UOp, "shrink_to", shrink_to), (helpers.TRACEMETA, "value", 0),
+    (UOp, "simplify", simplify), (UOp, "shrink_to", shrink_to),
+    (UOp, "__getitem__", item), (UOp, "variables", variables), (helpers.TRACEMETA, "value", 0),
     # tinygrad's own text holds an address, and so would make another key each time
     (CallInfo, "__repr__", lambda c: f"CallInfo({c.name!r}, {c.precompile}, {c.precompile_backward})"),
     (tinygrad.schedule, "schedule_cache", Kept("ddpm_schedules")),
