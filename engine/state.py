@@ -116,8 +116,7 @@ class State:
     return np.concatenate(found)[:n]
 
 def twin(model, kept:dict[str, Tensor]):
-  """A copy of a model, with tensors of its own but for those that are `kept`."""
-  memo = {id(v): Tensor(v.numpy(), device=v.device).realize() for v in nn.state.get_state_dict(model).values()}
-  memo |= {id(v): v for v in kept.values()}
+  """A copy of a model, whose tensors are other objects but for those that are `kept`. The numbers are the same ones."""
+  memo = {id(v): Tensor(v.uop) for v in nn.state.get_state_dict(model).values()} | {id(v): v for v in kept.values()}
   try: return copy.deepcopy(model, memo)
   except Exception as e: raise ValueError(f"the model cannot be copied for the average of its weights: {e}") from e

@@ -16,7 +16,14 @@ def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=Non
   device = inputs[0].device
   out = Tensor.empty(*shape, dtype=dtype, device=device) if isinstance(device, str) else \
     Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], dtype=dtype, device=device).uop.unshard(axis=0))
-  return out.custom_kernel(*inputs, fxn=fxn, grad_fxn=grad_fxn)[0]
+  uops = [t.uop for t in (out, *inputs)]
+  made = body(fxn.func, tuple(fxn.keywords.items()), tuple((u.max_shard_shape, u.dtype) for u in uops))
+  return Tensor(out.uop.after(made.call(*uops, grad_fxn=grad_fxn)))
+
+@functools.cache
+def body(part, options:tuple, arrays:tuple) -> UOp:
+  """The kernel that `part` makes of arrays of these shapes and types: a network has many a convolution twice."""
+  return part(*(UOp.placeholder(*array, slot=i) for i, array in enumerate(arrays)), **dict(options))
 
 def groups_of(x:Tensor, most:int, least:int=1) -> int:
   """Into how many equal groups x's images are cut: at most `most` on each device, of `least` images or more."""

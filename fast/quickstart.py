@@ -2,8 +2,10 @@
 from __future__ import annotations
 import functools, hashlib, importlib.metadata, itertools, pathlib, sys, time
 from collections.abc import Callable, Iterator
-import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule
-from tinygrad import Device, helpers
+import numpy as np
+import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule, tinygrad.uop.ops
+from tinygrad import helpers
+from tinygrad.helpers import all_int, argfix
 from tinygrad.uop.ops import CallInfo, Ops, PatternMatcher, UOp, UPat, recursive_property
 
 class Kept(dict):
@@ -12,9 +14,9 @@ class Kept(dict):
   Of a first step's time nearly all goes into scheduling and lowering in Python, and that cache spares the C compiler
   alone. The keys are digests of what is scheduled or lowered, and of tinygrad's version and settings. (The cache holds
   machine code and pickles anyway: who can write to it needs no more.)"""
-  def __init__(self, table:str, shrink=lambda v: v, restore=lambda k, v: v):
+  def __init__(self, table:str, shrink=lambda v: v):
     settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items())
-    self.table, self.shrink, self.restore = table, shrink, restore
+    self.table, self.shrink = table, shrink
     code = [f.read_bytes() for f in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
     self.settings = repr((importlib.metadata.version("tinygrad"), settings,
                           hashlib.sha256(b"".join(code)).hexdigest()))  # an edited kernel of ours is another kernel
@@ -26,7 +28,7 @@ class Kept(dict):
     return found is not None
   def get(self, key, default=None):
     if not super().__contains__(key) and (v := helpers.diskcache_get(self.table, self.digest(key))) is not None:
-      super().__setitem__(key, self.restore(key, v))
+      super().__setitem__(key, v)
     return super().get(key, default)
   def __setitem__(self, key, value):
     super().__setitem__(key, value)
@@ -40,15 +42,11 @@ class Kept(dict):
       self.told, text = time.monotonic(), f"compiling: {self.made} of {self.made+len(self.missing)} kernels"
       print(f"\r\033[K{text}\r" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
 
-def without_code(program:UOp) -> UOp:
-  """What a launch reads of a lowered kernel: its parameters and its source, whose code the compiler's own cache has."""
-  sink, linear, source, _ = program.src
+def launched(program:UOp) -> UOp:
+  """What a launch reads of a lowered kernel: its parameters, its source and its code."""
+  sink, linear, *made = program.src
   params = tuple(u for u in linear.src if u.op is Ops.PARAM)
-  return program.replace(src=(UOp(Ops.SINK, src=params, arg=sink.arg), UOp(Ops.LINEAR, src=params), source))
-
-def with_code(key:tuple, program:UOp) -> UOp:
-  compiler = Device[key[2].device].renderer.compiler
-  return program.replace(src=(*program.src, UOp(Ops.BINARY, arg=compiler.compile_cached(program.src[2].arg))))
+  return program.replace(src=(UOp(Ops.SINK, src=params, arg=sink.arg), UOp(Ops.LINEAR, src=params), *made))
 
 toposort, serial = UOp.toposort, itertools.count()
 
@@ -72,18 +70,80 @@ class Below:
 def sorted_or_below(u:UOp, gate:Callable|None=None, enter_calls:bool=True):
   return Below(u) if gate is None and not enter_calls else toposort(u, gate, enter_calls)
 
+# *** what tinygrad finds by rewriting graphs, found at once ***
+
+find_view, find_property, find_simplest = UOp.contiguous_view, recursive_property.__get__, UOp.simplify
+find_shrunk, find_item, find_variables = UOp.shrink_to, UOp.__getitem__, UOp.variables
+MOVES:dict[Ops, Callable] = {
+  Ops.RESHAPE: np.reshape, Ops.PERMUTE: np.transpose,
+  Ops.FLIP: lambda a, which: np.flip(a, tuple(i for i, flipped in enumerate(which) if flipped)),
+  Ops.PAD: lambda a, to: np.pad(a, [(i, n-i-size) for (i, n), size in zip(to, a.shape)], constant_values=-2)}
+
+def view_of(u:UOp) -> tuple[UOp, int]|None:
+  """The buffer in which a view's numbers lie one after another, and where they begin; None if they do not."""
+  steps, of, start = [], u, 0
+  while of.op in MOVES or of.op in (Ops.SHRINK, Ops.BITCAST):
+    steps.append(of)
+    of = of.src[0]
+  if steps and steps[-1].op is Ops.SHRINK: start = steps.pop().marg[0][0]
+  if of.op is not Ops.BUFFER or of.device != "CPU" or len(of.shape) != 1 or not all_int((start, *of.shape)):
+    return find_view(u)
+  if all(s.op in (Ops.RESHAPE, Ops.BITCAST) for s in steps): return of, start
+  known = all(s.op in MOVES and all_int(s.shape) for s in steps)
+  if not known or not 0 < (size := steps[-1].src[0].max_numel()) < 2**22: return find_view(u)
+  places = np.arange(size)
+  for s in reversed(steps): places = MOVES[s.op](places, s.marg)
+  return (of, start + int(places.flat[0])) if (np.diff(places.ravel()) == 1).all() else None
+
+def property_of(self:recursive_property, u:UOp|None, owner=None):
+  """A node's property. Where its sources have theirs, nothing needs to be sorted."""
+  if u is None: return self
+  known, name = u.__dict__, self.nm
+  if name not in known:
+    for s in u.src:
+      if name not in s.__dict__: return find_property(self, u)
+    known[name] = self.fxn(u)
+  return known[name]
+
+def simplest(u:UOp, tracked:bool=False) -> UOp:
+  """The simplest form of a node. Nearly all that are asked for are shapes of numbers, and have it."""
+  numbers = u.op is Ops.SINK and all(s.op is Ops.STACK and all(n.op is Ops.CONST for n in s.src) for s in u.src)
+  return u if numbers else find_simplest(u, tracked)
+
+def shrunk(u:UOp, *shape) -> UOp:
+  """The node itself where it has the shape already."""
+  return u if argfix(*shape) == u.shape else find_shrunk(u, *shape)
+
+def item(u:UOp, at) -> UOp:
+  """A slice of a buffer, as the planner of memory takes thousands."""
+  flat = isinstance(at, slice) and at.step is None and u.op is Ops.BUFFER and u.device is not None and len(u.shape) == 1
+  if not flat or not all_int((at.start, at.stop)) or not 0 <= at.start < at.stop <= u.shape[0]: return find_item(u, at)
+  return u.shrink(((at.start, at.stop),))
+
+def variables(u:UOp) -> list[UOp]:
+  """The variables below a node. Many calls have the same kernel."""
+  if u.op is Ops.CALL: return sorted({v for s in u.src for v in variables(s)}, key=lambda v: v.expr)
+  if "_variables" not in u.__dict__: u.__dict__["_variables"] = find_variables(u)
+  return u.__dict__["_variables"]
+
 def lower(function:UOp) -> UOp|None: return tinygrad.schedule.lower_sink_to_linear(function)
 
 @functools.cache
 def changes() -> list[tuple]:
-  """What `scope` changes, so that a second program starts in some 4 s instead of 20. tinygrad's own caches of schedules
+  """What `scope` changes, so that a second program starts in some 2 s instead of 20. tinygrad's own caches of schedules
   and kernels live as long as the process; if it kept them on the disk, this would be unnecessary."""
-  programs = Kept("ddpm_programs", without_code, with_code)
+  programs = Kept("ddpm_programs", launched)
   return [
     # For each buffer that is written, tinygrad asks whether anything computed before reads that buffer, and sorts all
     # of it to find out: 4 of the 10 s in which the mnist preset's training step is scheduled. Nearly always the answer
     # is no, and a bit for each buffer gives it. A set kept with each node would make this unnecessary.
     (UOp, "buffers_below", buffers_below), (UOp, "toposort", sorted_or_below),
+    # These answers took 2 of a second program's 4 s to the first step. Quick ways of tinygrad's own for what is common,
+    # buffers, slices of them and shapes of numbers, would make them unnecessary.
+    (UOp, "contiguous_view", view_of), (recursive_property, "__get__", property_of), (UOp, "simplify", simplest),
+    (UOp, "shrink_to", shrunk), (UOp, "__getitem__", item), (UOp, "variables", variables),
+    # no names for nodes, which a profile alone shows; and a number, asked for twice by each node, for a ContextVar
+    (helpers.TRACEMETA, "value", 0), (tinygrad.uop.ops, "SPEC", helpers.SPEC.value),
     # tinygrad's own text holds an address, and so would make another key each time
     (CallInfo, "__repr__", lambda c: f"CallInfo({c.name!r}, {c.precompile}, {c.precompile_backward})"),
     (tinygrad.schedule, "schedule_cache", Kept("ddpm_schedules")),

@@ -7,7 +7,7 @@ from common import ROOT, arr, close
 from engine.capture import captured
 from fast import clang, cores, cpu, opencl, quickstart, scope
 from test_unet import conv_by_hand, kernels, softmax
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
 with scope():
@@ -369,6 +369,25 @@ def test_what_lies_below_a_node_is_what_sorting_finds():
     below = y.uop.toposort(enter_calls=False)
     assert type(below) is quickstart.Below and list(below) == all_of_it and all(u in below for u in all_of_it)
     assert other.uop.base not in below and (a + 2).uop not in below and (other + 1).uop not in below
+
+@with_clang
+def test_what_is_found_at_once_is_what_rewriting_finds():
+  """Where views of 24 numbers begin in their buffer, by hand, None if they do not lie one after another; the rest by
+  tinygrad's own ways, outside of `scope`."""
+  flat = Tensor(arr(24)).realize().uop.base
+  a, n = flat.reshape(4, 6), UOp.variable("n", 1, 4)
+  rows, part, padded = flat.reshape(1, 24), flat[6:12].reshape(2, 3), a.pad(((1, 0), (0, 0)))
+  views = {flat: 0, a: 0, a.permute((1, 0)): None, a.flip(0): None, rows.permute((1, 0)): 0, rows.flip(0): 0,
+           part: 6, part.permute((1, 0)): None, flat[8:16].reshape(8, 1).permute((1, 0)): 8,
+           padded: None, padded.flip(0): None, flat.pad(((1, 0),)): None, flat[8:16].bitcast(dtypes.int32): 8,
+           a.shrink(((1, 3), (0, 6))): 6, a.shrink(((0, 4), (0, 3))): None, a.reshape(24, 1).expand(24, 2): None}
+  def found():
+    kernel = (a * 2 + n).contiguous()
+    return [u.contiguous_view() for u in views], [flat[2:9], flat[:], flat[-3:], flat[::2], a[1]], kernel.variables(), \
+      [a.shrink_to(s) for s in ((4, 6), (2, 6), (None, 3))], [u.shape for u in (kernel, *views)], (n*0 + 3).simplify()
+  own = found()
+  assert own[0] == [None if begin is None else (flat, begin) for begin in views.values()]
+  with scope(): assert found() == own
 
 SECOND = """if True:
   import sys, numpy as np, unet
