@@ -10,9 +10,9 @@ from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import AxisType, Ops, PatternMatcher, UOp, UPat
 
 @functools.cache
-def wide_vectors() -> bool:
-  """Whether the processor has vectors of 512 bits."""
-  try: return "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
+def processor_has(flag:str) -> bool:
+  """Whether Linux names this among what the processor can do: avx512f, vectors of 512 bits; avx512_bf16."""
+  try: return flag in pathlib.Path("/proc/cpuinfo").read_text().split()
   except OSError: return False
 
 @functools.cache
@@ -21,7 +21,11 @@ def vector_lanes(device:str) -> int:
   if not device.startswith("CPU"): return 0
   with Context(ALLOW_DEVICE_USAGE=1):
     if not isinstance(Device[device].renderer, cstyle.ClangRenderer): return 0
-  return 16 if wide_vectors() else 8
+  return 16 if processor_has("avx512f") else 8
+
+def pairs_of_bfloat16(device:str) -> bool:
+  """Whether the processor multiplies two pairs of bfloat16 and sums in float32, at twice the rate of float32."""
+  return vector_lanes(device) == 16 and processor_has("avx512_bf16")
 
 VECTOR = 99  # ends the number of the loop over a tile's vectors
 
@@ -45,7 +49,7 @@ class ClangRenderer(cstyle.ClangRenderer):
   def __init__(self, target:Target):
     super().__init__(target)
     # for programs that need few of them, clang halves the vectors of 512 bits on Intel's processors
-    self.compiler = Clang([*target.arch.split(","), *(["prefer-vector-width=512"] if wide_vectors() else [])])
+    self.compiler = Clang([*target.arch.split(","), *(["prefer-vector-width=512"] if processor_has("avx512f") else [])])
 
   def render_index(self, x:UOp, buf:UOp, idx:UOp) -> str:
     """The place in a tile is kept apart from where the tile begins, so that clang sees neighbours as neighbours."""

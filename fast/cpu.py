@@ -30,14 +30,17 @@ def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
 
 # *** convolution ***
 
-def laid(w:Tensor, l:int) -> Tensor:
-  """w (k,k,C,O) in the order in which a convolution of blocks of l channels reads it."""
+def laid(w:Tensor, l:int, pairs:bool=False) -> Tensor:
+  """w (k,k,C,O) in the order in which a convolution of blocks of l channels, or of pairs of them, reads it."""
   (k, _, C, O), m = w.shape, block(first(w), w.shape[3])
+  if pairs: return w.reshape(k, k, C//l, l//2, 2, O//m, m).permute(5, 2, 0, 1, 3, 6, 4)
   return w.reshape(k, k, C//l, l, O//m, m).permute(4, 2, 0, 1, 3, 5)
 
 def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=1, grad_fxn=None) -> Tensor:
   """x, with its border and in blocks, convolved with w, plus each of `adds`, whose axes of size 1 broadcast."""
-  w = laid(w, x.shape[-1]) if shape[1]*shape[2] > 1 else w  # a single pixel: each number of w is read once
+  if shape[1]*shape[2] > 1:  # else each number of w is read once
+    pairs = x.dtype == dtypes.bfloat16 and x.shape[-1] % 2 == block(first(x), shape[3]) % 16 == 0
+    w = laid(w.cast(x.dtype) if pairs else w, x.shape[-1], pairs)
   part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
   return launch(part, shape, x.dtype, x, w.contiguous(), *(a.contiguous() for a in adds), grad_fxn=grad_fxn)
 
@@ -66,8 +69,9 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tenso
     def da(a:Tensor) -> UOp:
       if a.shape == g.shape: return g.uop
       per_image = column_sum(g.reshape(B, -1, g.shape[3]))
-      return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
-    return None, dx.uop, (laid(dw, xp.shape[-1]) if len(call.src[3].shape) == 6 else dw).uop, *map(da, adds)
+      return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).cast(a.dtype).uop
+    if (n := len(call.src[3].shape)) > 4: dw = laid(dw, xp.shape[-1], n == 7)
+    return None, dx.uop, dw.uop, *map(da, adds)
 
   return windows(xp, w, (B, H//stride, W//stride, w.shape[3]), *adds, stride=stride, grad_fxn=grad)
 
