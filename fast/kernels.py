@@ -1,7 +1,7 @@
 """The plain loops of each operation. How a device runs them, in tiles of a CPU's registers or of tensor cores, is in
 schedules.py, as numbers. Kernels that differ have names that differ."""
 from __future__ import annotations
-import dataclasses, math
+import math
 from collections.abc import Callable
 from fast.compiler import VECTOR
 from fast.schedules import Tiles, block_tiles, column_tiles, conv_tiles, group_opts, on_tensor_cores, product_tiles
@@ -37,7 +37,7 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
   """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
   tiles: for each loop over y the amount kept in registers, and which loops the cores share; or opts: tinygrad's.
-  pairs: term gives the places of two pairs of numbers instead, where `dot_pairs` begins for the tile's last loop.
+  pairs: term gives the two pairs of bfloat16 with which `dot_pairs` begins the tile's last loop.
   Numbers of the loops: a for those over y, then those summed over; 100 k + a, or 100 k + VECTOR, for the k-th pass over
   the tile: 1 sets it to zero, 2 adds to it, 3 writes it to y."""
   amounts, shared = tiles or ((1,)*len(y.shape), ())
@@ -72,15 +72,15 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
   if not pairs: return sink
   moved = sum(u.max_numel()*u.dtype.itemsize for u in sink.toposort() if u.op is Ops.PARAM)
   counted = Estimates(4*math.prod(y.shape)*math.prod(reduced), moved, moved)  # tinygrad sees no operation in C
-  return sink.replace(arg=dataclasses.replace(sink.arg, estimates=counted))
+  return sink.replace(arg=KernelInfo(name, estimates=counted), tag=1)  # tagged, or tinygrad would count anew
 
 def dot_pairs(n:int) -> str:
-  """C: sum[o] += x[0] w[o,0] + x[1] w[o,1], o < n, of bfloat16, 16 o in one instruction. {0}: sum, {1}: x, {2}: w."""
-  step = "*(sums*)({0}+%d) = __builtin_ia32_dpbf16ps_512(*(sums*)({0}+%d), x, *(pairs*)({2}+%d));"
+  """C: sums[o] += x[0] w[o,0] + x[1] w[o,1], o < n, of bfloat16, 16 o in one instruction. {0}: sums, {1}: x, {2}: w."""
+  one = "*(sums*)({0}+%d) = __builtin_ia32_dpbf16ps_512(*(sums*)({0}+%d), x, *(pairs*)((word*)({2})+%d));"
   return "\n".join(["{{typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));",
                     "typedef __bf16 pairs __attribute__((vector_size(64), aligned(2), may_alias));",
                     "typedef int word __attribute__((aligned(2), may_alias)), words __attribute__((vector_size(64)));",
-                    "pairs x = (pairs)((words){{}} + *(word*)({1}));", *(step % (o, o, 2*o) for o in range(0, n, 16))]) + "}}"
+                    "pairs x = (pairs)((words){{}} + *(word*)({1}));", *(one % (o, o, o) for o in range(0, n, 16))]) + "}}"
 
 def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None) -> UOp:
   """y[at] = after(at, Σ a · b), a, b = pair(at, inner): in tiles, on tensor cores or, if neither fits, plainly."""
@@ -99,7 +99,7 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device
   """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds[b,h,v,o], x with its border.
 
   x may lie in blocks of channels, as `block_kernel` makes them, and then w as (O/m,C/l,k,k,l,m), or in pairs of input
-  channels as (O/m,C/l,k,k,l/2,m,2).
+  channels as (O/m,C/l,k,k,l/2,m,2), in bfloat16.
   flipped: with w[k−1−i, k−1−j, o, c], turned around and its input and output exchanged: the gradient of x."""
   (_, H, W, O), k, l, pairs = y.shape, w.shape[2 if len(w.shape) > 4 else 0], x.shape[-1], len(w.shape) == 7
   C = l * (x.shape[1] if len(x.shape) == 5 else 1)
@@ -121,15 +121,19 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device
   return product_of(name, device, y, (C//l, k, k, l), pair, plus, tiles)
 
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
-  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip."""
-  (G, k, _, C, O), B, (H, W) = dw.shape, g.shape[0], g.shape[-3:-1]
-  reduced = (B//G, H-2*p, W-2*p)
+  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip.
+
+  x and g may be words of two numbers in bfloat16: those of pixels s·v and s·(v+1), and of v and v+1."""
+  (G, k, _, C, O), B, pairs = dw.shape, g.shape[0], g.dtype == dtypes.uint32
+  H, W = g.shape[-3]-2*p, g.shape[-2]+pairs-2*p
   def pair(at, inner):
     (n, i, j, c, o), (b, h, v) = at, inner
+    if pairs: v *= 2
     return at_pixel(x, n*(B//G)+b, h*stride+i, v*stride+j, c), at_pixel(g, n*(B//G)+b, h+p, v+p, o)
-  name = f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}" + "_stride"*(stride > 1)
-  return product_of(name, device, dw, reduced, pair, lambda at, total: total,
-                    weight_tiles(device, dw.shape, B*H*W*k*k*C*O))
+  name = f"weight{k}_{H}x{W}_{C}_{O}" + "_stride"*(stride > 1) + "_pairs"*pairs
+  reduced, tiles = (B//G, H, W//2 if pairs else W), weight_tiles(device, dw.shape, B*H*W*k*k*C*O)
+  if pairs: return kernel(name, dw, reduced, pair, tiles=tiles, pairs=True)
+  return product_of(name, device, dw, reduced, pair, lambda at, total: total, tiles)
 
 def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
   """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]. b may lie in blocks of
