@@ -37,7 +37,7 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
   """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
   tiles: for each loop over y the amount kept in registers, and which loops the cores share; or opts: tinygrad's.
-  pairs: term gives the two pairs of bfloat16 with which `dot_pairs` begins the tile's last loop.
+  pairs: term gives two pairs of bfloat16 instead, with which `dot_pairs` takes the place of the tile's last loop.
   Numbers of the loops: a for those over y, then those summed over; 100 k + a, or 100 k + VECTOR, for the k-th pass over
   the tile: 1 sets it to zero, 2 adds to it, 3 writes it to y."""
   amounts, shared = tiles or ((1,)*len(y.shape), ())
@@ -47,14 +47,13 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
   summed = [r for r in ranges if r is not None]
   inner = [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges]
   def tile(k:int) -> tuple[list[UOp], list[UOp], UOp]:  # the k-th pass: its ranges, the place in y, and in the tile
-    last = len(amounts)-1
-    each = [UOp.range(n, 100*k + (VECTOR if summed and a == last else a), AxisType.LOOP)
-            if n > 1 and not (pairs and k == 2 and a == last) else UOp.const(0, dtypes.weakint)
-            for a, n in enumerate(amounts)]
+    sizes = [*amounts[:-1], 1] if pairs and k == 2 else amounts
+    each = [UOp.range(n, 100*k + (VECTOR if summed and a+1 == len(amounts) else a), AxisType.LOOP) if n > 1
+            else UOp.const(0, dtypes.weakint) for a, n in enumerate(sizes)]
     flat = sum((i*math.prod(amounts[a+1:]) for a, i in enumerate(each)), start=UOp.const(0, dtypes.weakint))
     return [i for i in each if i.op is Ops.RANGE], [b+i for b, i in zip(begin, each)], flat
   own, at, flat = tile(3)
-  if not tiles or not summed:
+  if not tiles or not (summed or pairs):
     value = term(at, inner).cast(dtypes.float32)
     total = value.reduce(*summed, arg=op) if summed else value
   else:  # the compiler unrolls the tile's loops: see compiler.ClangRenderer
@@ -70,9 +69,9 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
   sink = y[tuple(at)].store(after(at, total).cast(y.dtype)).end(*own, *outer).sink(
     arg=KernelInfo(name, opts_to_apply=() if tiles else opts))
   if not pairs: return sink
+  # tinygrad counts no operations in C; tagged, the kernel keeps our numbers
   moved = sum(u.max_numel()*u.dtype.itemsize for u in sink.toposort() if u.op is Ops.PARAM)
-  counted = Estimates(4*math.prod(y.shape)*math.prod(reduced), moved, moved)  # tinygrad sees no operation in C
-  return sink.replace(arg=KernelInfo(name, estimates=counted), tag=1)  # tagged, or tinygrad would count anew
+  return sink.replace(arg=KernelInfo(name, estimates=Estimates(4*y.numel()*math.prod(reduced), moved, moved)), tag=1)
 
 def dot_pairs(n:int) -> str:
   """C: sums[o] += x[0] w[o,0] + x[1] w[o,1], o < n, of bfloat16, 16 o in one instruction. {0}: sums, {1}: x, {2}: w."""
@@ -82,8 +81,10 @@ def dot_pairs(n:int) -> str:
                     "typedef int word __attribute__((aligned(2), may_alias)), words __attribute__((vector_size(64)));",
                     "pairs x = (pairs)((words){{}} + *(word*)({1}));", *(one % (o, o, o) for o in range(0, n, 16))]) + "}}"
 
-def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None) -> UOp:
+def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None,
+               pairs:bool=False) -> UOp:
   """y[at] = after(at, Σ a · b), a, b = pair(at, inner): in tiles, on tensor cores or, if neither fits, plainly."""
+  if pairs: return kernel(name + "_pairs", y, reduced, pair, after, tiles, pairs=True)
   def low(at, inner): return (p := pair(at, inner))[0] * p[1]
   def full(at, inner): return (p := pair(at, inner))[0].cast(dtypes.float32) * p[1].cast(dtypes.float32)
   made = None if tiles else on_tensor_cores(kernel(name, y, reduced, low, after), device)
@@ -98,10 +99,10 @@ def at_pixel(x:UOp, b:UOp, h:UOp, v:UOp, c:UOp) -> UOp:
 def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device:str) -> UOp:
   """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds[b,h,v,o], x with its border.
 
-  x may lie in blocks of channels, as `block_kernel` makes them, and then w as (O/m,C/l,k,k,l,m), or in pairs of input
-  channels as (O/m,C/l,k,k,l/2,m,2), in bfloat16.
+  x may lie in blocks of channels, as `block_kernel` makes them, and then w as (O/m,C/l,k,k,l,m); or both in bfloat16,
+  w in pairs of input channels as (O/m,C/l,k,k,l/2,m,2).
   flipped: with w[k−1−i, k−1−j, o, c], turned around and its input and output exchanged: the gradient of x."""
-  (_, H, W, O), k, l, pairs = y.shape, w.shape[2 if len(w.shape) > 4 else 0], x.shape[-1], len(w.shape) == 7
+  (_, H, W, O), k, l, pairs = y.shape, w.shape[0 if len(w.shape) == 4 else 2], x.shape[-1], len(w.shape) == 7
   C = l * (x.shape[1] if len(x.shape) == 5 else 1)
   def pair(at, inner):
     (b, h, v, o), (q, i, j, c) = at, inner
@@ -114,26 +115,23 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device
     return total
   # what is added: numbers of a channel (c), of an image's channel (bc) or of every place (bhwc)
   added = ["".join(axis for axis, n in zip("bhwc", a.shape) if n > 1) for a in adds]
-  name = "_".join([f"conv{k}_{H}x{W}_{C}_{O}", *["stride"]*(stride > 1), *["flipped"]*flipped,
-                   *["pairs"]*pairs, *added])
-  tiles = conv_tiles(device, y.shape, k*k*C)
-  if pairs: return kernel(name, y, (C//l, k, k, l//2), pair, plus, tiles, pairs=True)
-  return product_of(name, device, y, (C//l, k, k, l), pair, plus, tiles)
+  name = "_".join([f"conv{k}_{H}x{W}_{C}_{O}", *["stride"]*(stride > 1), *["flipped"]*flipped, *added])
+  reduced = (C//l, k, k, l//2 if pairs else l)
+  return product_of(name, device, y, reduced, pair, plus, conv_tiles(device, y.shape, k*k*C), pairs)
 
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
   """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip.
 
-  x and g may be words of two numbers in bfloat16: those of pixels s·v and s·(v+1), and of v and v+1."""
+  x and g may be words, as cpu.neighbours makes them: of pixels s·v and s·(v+1), and of v and v+1."""
   (G, k, _, C, O), B, pairs = dw.shape, g.shape[0], g.dtype == dtypes.uint32
   H, W = g.shape[-3]-2*p, g.shape[-2]+pairs-2*p
   def pair(at, inner):
     (n, i, j, c, o), (b, h, v) = at, inner
     if pairs: v *= 2
     return at_pixel(x, n*(B//G)+b, h*stride+i, v*stride+j, c), at_pixel(g, n*(B//G)+b, h+p, v+p, o)
-  name = f"weight{k}_{H}x{W}_{C}_{O}" + "_stride"*(stride > 1) + "_pairs"*pairs
-  reduced, tiles = (B//G, H, W//2 if pairs else W), weight_tiles(device, dw.shape, B*H*W*k*k*C*O)
-  if pairs: return kernel(name, dw, reduced, pair, tiles=tiles, pairs=True)
-  return product_of(name, device, dw, reduced, pair, lambda at, total: total, tiles)
+  name = f"weight{k}_{H}x{W}_{C}_{O}" + "_stride"*(stride > 1)
+  return product_of(name, device, dw, (B//G, H, W//2 if pairs else W), pair, lambda at, total: total,
+                    weight_tiles(device, dw.shape, B*H*W*k*k*C*O), pairs)
 
 def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
   """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]. b may lie in blocks of
