@@ -1,6 +1,6 @@
 """The renderer of tinygrad's CPU device: how wide its vectors are, and what keeps clang from using them."""
 from __future__ import annotations
-import functools, pathlib
+import functools, os, pathlib, subprocess
 from fast.clang import Clang
 from tinygrad import Device, helpers
 from tinygrad.device import Compiled
@@ -10,9 +10,9 @@ from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import AxisType, Ops, PatternMatcher, UOp, UPat
 
 @functools.cache
-def processor_has(flag:str) -> bool:
-  """Whether Linux names this among what the processor can do: avx512f, vectors of 512 bits; avx512_bf16."""
-  try: return flag in pathlib.Path("/proc/cpuinfo").read_text().split()
+def wide_vectors() -> bool:
+  """Whether the processor has vectors of 512 bits."""
+  try: return "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
   except OSError: return False
 
 @functools.cache
@@ -21,11 +21,7 @@ def vector_lanes(device:str) -> int:
   if not device.startswith("CPU"): return 0
   with Context(ALLOW_DEVICE_USAGE=1):
     if not isinstance(Device[device].renderer, cstyle.ClangRenderer): return 0
-  return 16 if processor_has("avx512f") else 8
-
-def pairs_of_bfloat16(device:str) -> bool:
-  """Whether the processor multiplies two pairs of bfloat16 and sums in float32, at twice the rate of float32."""
-  return vector_lanes(device) == 16 and processor_has("avx512_bf16")
+  return 16 if wide_vectors() else 8
 
 VECTOR = 99  # ends the number of the loop over a tile's vectors
 
@@ -49,7 +45,7 @@ class ClangRenderer(cstyle.ClangRenderer):
   def __init__(self, target:Target):
     super().__init__(target)
     # for programs that need few of them, clang halves the vectors of 512 bits on Intel's processors
-    self.compiler = Clang([*target.arch.split(","), *(["prefer-vector-width=512"] if processor_has("avx512f") else [])])
+    self.compiler = Clang([*target.arch.split(","), *(["prefer-vector-width=512"] if wide_vectors() else [])])
 
   def render_index(self, x:UOp, buf:UOp, idx:UOp) -> str:
     """The place in a tile is kept apart from where the tile begins, so that clang sees neighbours as neighbours."""
@@ -60,6 +56,15 @@ class ClangRenderer(cstyle.ClangRenderer):
     return f"({self[buf]}+({begin})+({place}))"
 
 quick_renderer = functools.cache(ClangRenderer)
+
+@functools.cache
+def pairs_of_bfloat16(device:str) -> bool:
+  """Whether the processor multiplies two pairs of bfloat16 and sums in float32, at twice float32's rate, and clang
+  knows both (from version 16 on)."""
+  if vector_lanes(device) < 16: return False
+  clang = quick_renderer(Device[device].renderer.target).compiler
+  macros = subprocess.check_output([clang.clang, "-E", "-dM", "-x", "c", *clang.args, os.devnull])
+  return b"__AVX512BF16__" in macros and int(macros.split(b"__clang_major__")[1].split()[0]) > 15
 
 def renderer(device:Compiled) -> Renderer:
   """In the place of tinygrad's `renderer` of a CPU device, which finds the one that $DEV names."""

@@ -76,10 +76,11 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
 def dot_pairs(n:int) -> str:
   """C: sums[o] += x[0] w[o,0] + x[1] w[o,1], o < n, of bfloat16, 16 o in one instruction. {0}: sums, {1}: x, {2}: w."""
   one = "*(sums*)({0}+%d) = __builtin_ia32_dpbf16ps_512(*(sums*)({0}+%d), x, *(pairs*)((word*)({2})+%d));"
-  return "\n".join(["{{typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));",
-                    "typedef __bf16 pairs __attribute__((vector_size(64), aligned(2), may_alias));",
-                    "typedef int word __attribute__((aligned(2), may_alias)), words __attribute__((vector_size(64)));",
-                    "pairs x = (pairs)((words){{}} + *(word*)({1}));", *(one % (o, o, o) for o in range(0, n, 16))]) + "}}"
+  types = ["typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));",
+           "typedef __bf16 pairs __attribute__((vector_size(64), aligned(2), may_alias));",
+           "typedef int word __attribute__((aligned(2), may_alias)), words __attribute__((vector_size(64)));"]
+  return "\n".join(["{{", *types, "pairs x = (pairs)((words){{}} + *(word*)({1}));",
+                    *(one % (o, o, o) for o in range(0, n, 16)), "}}"])
 
 def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None,
                pairs:bool=False) -> UOp:
