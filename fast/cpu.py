@@ -78,7 +78,7 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tenso
     def da(a:Tensor) -> UOp:
       if a.shape == g.shape: return g.uop
       per_image = column_sum(g.reshape(B, -1, g.shape[3]))
-      return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).cast(a.dtype).uop
+      return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
     if (n := len(call.src[3].shape)) > 4: dw = laid(dw, xp.shape[-1], n == 7)
     return None, dx.uop, dw.uop, *map(da, adds)
 
