@@ -53,11 +53,12 @@ def quick(plainly:Callable) -> Callable:
   @functools.wraps(plainly)
   def operation(*args, **options):
     if plain() or not entered: return plainly(*args, **options)
-    from fast import cpu, gpu
+    from fast import compiler, cpu, gpu
     x, name = args[0], plainly.__name__
     if not gpu.first(x).startswith("CPU"): return getattr(gpu, name)(*args, **options)
-    if x.dtype == dtypes.float32: return getattr(cpu, name)(*args, **options)
-    # a processor has no quicker arithmetic for the other types: round to the type, compute in float32
+    low = x.dtype == dtypes.bfloat16 and name == "convolve" and compiler.pairs_of_bfloat16(gpu.first(x))
+    if low or x.dtype == dtypes.float32: return getattr(cpu, name)(*args, **options)
+    # a processor has no quicker arithmetic for the others: round to the type, compute in float32
     wide = [a.float() if isinstance(a, Tensor) else a for a in args]
     return getattr(cpu, name)(*wide, **options).cast(x.dtype)
   return operation

@@ -1,6 +1,6 @@
 """The renderer of tinygrad's CPU device: how wide its vectors are, and what keeps clang from using them."""
 from __future__ import annotations
-import functools, pathlib
+import functools, os, pathlib, subprocess
 from fast.clang import Clang
 from tinygrad import Device, helpers
 from tinygrad.device import Compiled
@@ -56,6 +56,15 @@ class ClangRenderer(cstyle.ClangRenderer):
     return f"({self[buf]}+({begin})+({place}))"
 
 quick_renderer = functools.cache(ClangRenderer)
+
+@functools.cache
+def pairs_of_bfloat16(device:str) -> bool:
+  """Whether the processor multiplies two pairs of bfloat16 and sums in float32, at twice float32's rate, and clang
+  knows both (from version 16 on)."""
+  if vector_lanes(device) < 16: return False
+  clang = quick_renderer(Device[device].renderer.target).compiler
+  macros = subprocess.check_output([clang.clang, "-E", "-dM", "-x", "c", *clang.args, os.devnull])
+  return b"__AVX512BF16__" in macros and int(macros.split(b"__clang_major__")[1].split()[0]) > 15
 
 def renderer(device:Compiled) -> Renderer:
   """In the place of tinygrad's `renderer` of a CPU device, which finds the one that $DEV names."""

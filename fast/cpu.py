@@ -30,14 +30,25 @@ def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
 
 # *** convolution ***
 
-def laid(w:Tensor, l:int) -> Tensor:
-  """w (k,k,C,O) in the order in which a convolution of blocks of l channels reads it."""
+def paired(x:Tensor, numbers:int, channels:int) -> bool:
+  """Whether sums over so many numbers, for so many channels, are sums over pairs: AVX512-BF16 takes two at once."""
+  return x.dtype == dtypes.bfloat16 and numbers % 2 == 0 and block(first(x), channels) % 16 == 0
+
+def laid(w:Tensor, l:int, pairs:bool) -> Tensor:
+  """w (k,k,C,O) in the order in which a convolution of blocks of l channels, or of pairs of them, reads it."""
   (k, _, C, O), m = w.shape, block(first(w), w.shape[3])
+  if pairs: return w.reshape(k, k, C//l, l//2, 2, O//m, m).permute(5, 2, 0, 1, 3, 6, 4)
   return w.reshape(k, k, C//l, l, O//m, m).permute(4, 2, 0, 1, 3, 5)
+
+def neighbours(x:Tensor, s:int) -> Tensor:
+  """Words of two numbers in bfloat16 each: of every pixel of x (...,W,C) and of the one s columns to its right."""
+  low, high = (v.bitcast(dtypes.uint16).cast(dtypes.uint32) for v in (x[..., :-s, :], x[..., s:, :]))
+  return (low | high << 16).contiguous()
 
 def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=1, grad_fxn=None) -> Tensor:
   """x, with its border and in blocks, convolved with w, plus each of `adds`, whose axes of size 1 broadcast."""
-  w = laid(w, x.shape[-1]) if shape[1]*shape[2] > 1 else w  # a single pixel: each number of w is read once
+  if shape[1]*shape[2] > 1:  # of a single pixel each number of w is read once
+    w = laid(w.cast(x.dtype) if (pairs := paired(x, x.shape[-1], shape[3])) else w, x.shape[-1], pairs)
   part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
   return launch(part, shape, x.dtype, x, w.contiguous(), *(a.contiguous() for a in adds), grad_fxn=grad_fxn)
 
@@ -59,15 +70,17 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tenso
     if k > 1: dx = dx.reshape(*dx.shape[:3], *xp.shape[1::3]).permute(0, 3, 1, 2, 4)
     # dw: a sum for each group of images, then over the groups: the sums are short, and a group fits the cache
     groups = groups_of(g, min(16, -(-B*H*W//2048)))
+    xw, gw = (neighbours(xp, stride), neighbours(gp, 1)) if paired(g, *g.shape[2:]) else (xp, gp)
     dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (groups, *w.shape),
-                dtypes.float32, xp, gp)
+                dtypes.float32, xw, gw)
     if groups == 1: dw = dw[0]
     else: dw = column_sum(dw.reshape(1, groups, -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0)
     def da(a:Tensor) -> UOp:
       if a.shape == g.shape: return g.uop
       per_image = column_sum(g.reshape(B, -1, g.shape[3]))
       return (per_image if a.shape[0] == B else per_image.sum(0)).reshape(a.shape).uop
-    return None, dx.uop, (laid(dw, xp.shape[-1]) if len(call.src[3].shape) == 6 else dw).uop, *map(da, adds)
+    if (n := len(call.src[3].shape)) > 4: dw = laid(dw, xp.shape[-1], n == 7)
+    return None, dx.uop, dw.uop, *map(da, adds)
 
   return windows(xp, w, (B, H//stride, W//stride, w.shape[3]), *adds, stride=stride, grad_fxn=grad)
 

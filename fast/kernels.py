@@ -8,6 +8,7 @@ from fast.schedules import Tiles, block_tiles, column_tiles, conv_tiles, group_o
 from fast.schedules import weight_tiles
 from tinygrad import dtypes
 from tinygrad.dtype import AddrSpace
+from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp, identity_element
 
 Sizes = tuple[int, ...]
@@ -32,10 +33,11 @@ def rounds(counts:list[int], shared:tuple[int, ...]) -> tuple[list[UOp], list[UO
                                                                      if i is None and r.op is Ops.RANGE]
 
 def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda at, total: total,
-           tiles:Tiles|None=None, opts:tuple|None=None, op:Ops=Ops.ADD) -> UOp:
+           tiles:Tiles|None=None, opts:tuple|None=None, op:Ops=Ops.ADD, pairs:bool=False) -> UOp:
   """y[at] = after(at, Σ term(at, inner)) for all `at` below y's sizes, inner below `reduced`; the sum is in float32.
 
   tiles: for each loop over y the amount kept in registers, and which loops the cores share; or opts: tinygrad's.
+  pairs: term gives two pairs of bfloat16 instead, with which `dot_pairs` takes the place of the tile's last loop.
   Numbers of the loops: a for those over y, then those summed over; 100 k + a, or 100 k + VECTOR, for the k-th pass over
   the tile: 1 sets it to zero, 2 adds to it, 3 writes it to y."""
   amounts, shared = tiles or ((1,)*len(y.shape), ())
@@ -45,12 +47,13 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
   summed = [r for r in ranges if r is not None]
   inner = [UOp.const(0, dtypes.weakint) if r is None else r for r in ranges]
   def tile(k:int) -> tuple[list[UOp], list[UOp], UOp]:  # the k-th pass: its ranges, the place in y, and in the tile
+    sizes = [*amounts[:-1], 1] if pairs and k == 2 else amounts
     each = [UOp.range(n, 100*k + (VECTOR if summed and a+1 == len(amounts) else a), AxisType.LOOP) if n > 1
-            else UOp.const(0, dtypes.weakint) for a, n in enumerate(amounts)]
+            else UOp.const(0, dtypes.weakint) for a, n in enumerate(sizes)]
     flat = sum((i*math.prod(amounts[a+1:]) for a, i in enumerate(each)), start=UOp.const(0, dtypes.weakint))
     return [i for i in each if i.op is Ops.RANGE], [b+i for b, i in zip(begin, each)], flat
   own, at, flat = tile(3)
-  if not tiles or not summed:
+  if not tiles or not (summed or pairs):
     value = term(at, inner).cast(dtypes.float32)
     total = value.reduce(*summed, arg=op) if summed else value
   else:  # the compiler unrolls the tile's loops: see compiler.ClangRenderer
@@ -60,13 +63,29 @@ def kernel(name:str, y:UOp, reduced:Sizes, term:Callable, after:Callable=lambda 
     acc = acc.after(acc[i].store(UOp.const(identity_element(op, dtypes.float32), dtypes.float32)).end(*zeroed))
     added, place, i = tile(2)
     acc_in = acc.after(*summed)
-    step = acc_in[i].store(acc_in[i].alu(op, term(place, inner).cast(dtypes.float32))).end(*added)
-    total = acc.after(step.end(*summed))[flat]
-  return y[tuple(at)].store(after(at, total).cast(y.dtype)).end(*own, *outer).sink(
+    if pairs: step = UOp(Ops.CUSTOM, src=(acc_in[i], *term(place, inner)), arg=dot_pairs(amounts[-1]))
+    else: step = acc_in[i].store(acc_in[i].alu(op, term(place, inner).cast(dtypes.float32)))
+    total = acc.after(step.end(*added).end(*summed))[flat]
+  sink = y[tuple(at)].store(after(at, total).cast(y.dtype)).end(*own, *outer).sink(
     arg=KernelInfo(name, opts_to_apply=() if tiles else opts))
+  if not pairs: return sink
+  # tinygrad counts no operations in C; tagged, the kernel keeps our numbers
+  moved = sum(u.max_numel()*u.dtype.itemsize for u in sink.toposort() if u.op is Ops.PARAM)
+  return sink.replace(arg=KernelInfo(name, estimates=Estimates(4*y.numel()*math.prod(reduced), moved, moved)), tag=1)
 
-def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None) -> UOp:
+def dot_pairs(n:int) -> str:
+  """C: sums[o] += x[0] w[o,0] + x[1] w[o,1], o < n, of bfloat16, 16 o in one instruction. {0}: sums, {1}: x, {2}: w."""
+  one = "*(sums*)({0}+%d) = __builtin_ia32_dpbf16ps_512(*(sums*)({0}+%d), x, *(pairs*)((word*)({2})+%d));"
+  types = ["typedef float sums __attribute__((vector_size(64), aligned(4), may_alias));",
+           "typedef __bf16 pairs __attribute__((vector_size(64), aligned(2), may_alias));",
+           "typedef int word __attribute__((aligned(2), may_alias)), words __attribute__((vector_size(64)));"]
+  return "\n".join(["{{", *types, "pairs x = (pairs)((words){{}} + *(word*)({1}));",
+                    *(one % (o, o, o) for o in range(0, n, 16)), "}}"])
+
+def product_of(name:str, device:str, y:UOp, reduced:Sizes, pair:Callable, after:Callable, tiles:Tiles|None,
+               pairs:bool=False) -> UOp:
   """y[at] = after(at, Σ a · b), a, b = pair(at, inner): in tiles, on tensor cores or, if neither fits, plainly."""
+  if pairs: return kernel(name + "_pairs", y, reduced, pair, after, tiles, pairs=True)
   def low(at, inner): return (p := pair(at, inner))[0] * p[1]
   def full(at, inner): return (p := pair(at, inner))[0].cast(dtypes.float32) * p[1].cast(dtypes.float32)
   made = None if tiles else on_tensor_cores(kernel(name, y, reduced, low, after), device)
@@ -81,12 +100,14 @@ def at_pixel(x:UOp, b:UOp, h:UOp, v:UOp, c:UOp) -> UOp:
 def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device:str) -> UOp:
   """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds[b,h,v,o], x with its border.
 
-  x may lie in blocks of channels, as `block_kernel` makes them, and then w as (O/m,C/l,k,k,l,m).
+  x may lie in blocks of channels, as `block_kernel` makes them, and then w as (O/m,C/l,k,k,l,m); or both in bfloat16,
+  w in pairs of input channels as (O/m,C/l,k,k,l/2,m,2).
   flipped: with w[k−1−i, k−1−j, o, c], turned around and its input and output exchanged: the gradient of x."""
-  (_, H, W, O), k, l = y.shape, w.shape[-3 if len(w.shape) == 6 else 0], x.shape[-1]
+  (_, H, W, O), k, l, pairs = y.shape, w.shape[0 if len(w.shape) == 4 else 2], x.shape[-1], len(w.shape) == 7
   C = l * (x.shape[1] if len(x.shape) == 5 else 1)
   def pair(at, inner):
     (b, h, v, o), (q, i, j, c) = at, inner
+    if pairs: return at_pixel(x, b, h*stride+i, v*stride+j, q*l+2*c), w[o//w.shape[5], q, i, j, c, o%w.shape[5], 0]
     if len(w.shape) == 6: weight = w[o//w.shape[5], q, i, j, c, o%w.shape[5]]
     else: weight = w[k-1-i, k-1-j, o, c] if flipped else w[i, j, q*l+c, o]
     return at_pixel(x, b, h*stride+i, v*stride+j, q*l+c), weight
@@ -96,18 +117,22 @@ def conv_kernel(y:UOp, x:UOp, w:UOp, *adds:UOp, stride:int, flipped:bool, device
   # what is added: numbers of a channel (c), of an image's channel (bc) or of every place (bhwc)
   added = ["".join(axis for axis, n in zip("bhwc", a.shape) if n > 1) for a in adds]
   name = "_".join([f"conv{k}_{H}x{W}_{C}_{O}", *["stride"]*(stride > 1), *["flipped"]*flipped, *added])
-  return product_of(name, device, y, (C//l, k, k, l), pair, plus, conv_tiles(device, y.shape, k*k*C))
+  reduced = (C//l, k, k, l//2 if pairs else l)
+  return product_of(name, device, y, reduced, pair, plus, conv_tiles(device, y.shape, k*k*C), pairs)
 
 def weight_kernel(dw:UOp, x:UOp, g:UOp, stride:int, p:int, device:str) -> UOp:
-  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip."""
-  (G, k, _, C, O), B, (H, W) = dw.shape, g.shape[0], g.shape[-3:-1]
-  reduced = (B//G, H-2*p, W-2*p)
+  """dw[n,i,j,c,o] = Σ_bhv x[b, s·h+i, s·v+j, c] g[b,h,v,o], b the images of group n; g has a border of p to skip.
+
+  x and g may be words, as cpu.neighbours makes them: of pixels s·v and s·(v+1), and of v and v+1."""
+  (G, k, _, C, O), B, pairs = dw.shape, g.shape[0], g.dtype == dtypes.uint32
+  H, W = g.shape[-3]-2*p, g.shape[-2]+pairs-2*p
   def pair(at, inner):
     (n, i, j, c, o), (b, h, v) = at, inner
+    if pairs: v *= 2
     return at_pixel(x, n*(B//G)+b, h*stride+i, v*stride+j, c), at_pixel(g, n*(B//G)+b, h+p, v+p, o)
-  name = f"weight{k}_{H-2*p}x{W-2*p}_{C}_{O}" + "_stride"*(stride > 1)
-  return product_of(name, device, dw, reduced, pair, lambda at, total: total,
-                    weight_tiles(device, dw.shape, B*H*W*k*k*C*O))
+  name = f"weight{k}_{H}x{W}_{C}_{O}" + "_stride"*(stride > 1)
+  return product_of(name, device, dw, (B//G, H, W//2 if pairs else W), pair, lambda at, total: total,
+                    weight_tiles(device, dw.shape, B*H*W*k*k*C*O), pairs)
 
 def product_kernel(y:UOp, a:UOp, b:UOp, rows:bool, cols:bool, scale:float, device:str) -> UOp:
   """y[n,i,j] = scale · Σ_r a[n,i,r] b[n,r,j]; rows: a lies as [n,r,i]; cols: b lies as [n,j,r]. b may lie in blocks of

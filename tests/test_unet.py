@@ -6,7 +6,8 @@ import unet
 from common import GOLDEN, ROOT, TINY, arr, close, random_model
 from engine.capture import captured
 from fast import cpu, gpu, scope
-from tinygrad import Context, Tensor, nn
+from fast.compiler import pairs_of_bfloat16
+from tinygrad import Context, Device, Tensor, nn
 
 @pytest.fixture(params=["plain", "fast"])
 def way(request):
@@ -67,6 +68,35 @@ def test_convolution(B, H, W, C, O, k, stride, pad, way):
   adds = arr(1, 1, 1, O, seed=2), arr(B, 1, 1, O, seed=3), arr(B, H//stride, W//stride, O, seed=4)
   check(functools.partial(unet.convolve, stride=stride, pad=pad), by_hand, arr(B, H, W, C), arr(k, k, C, O, seed=1),
         *adds, atol=2e-4)
+
+@pytest.mark.skipif(not pairs_of_bfloat16(Device.DEFAULT), reason="for processors with AVX512-BF16")
+@pytest.mark.parametrize("B,H,W,C,O,k,stride,pad", [
+  (3, 4, 8, 32, 48, 3, 1, 0), (2, 3, 5, 48, 16, 3, 1, 0), (2, 8, 4, 16, 32, 3, 2, 0), (2, 4, 4, 32, 16, 3, 2, 1),
+  (2, 4, 4, 3, 16, 3, 1, 0), (1, 1, 2, 2, 32, 1, 1, 0), (2, 4, 4, 16, 3, 3, 1, 0)])
+def test_convolution_in_pairs_of_bfloat16(B, H, W, C, O, k, stride, pad):
+  """Of numbers in bfloat16, against float64: in float32 but for the rounding of y and of dx."""
+  lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)
+  shapes = [(B, H, W, C), (k, k, C, O), (B, 1, 1, O), (B, H//stride, W//stride, O)]
+  x, w, a, g = [Tensor(arr(*s, seed=i)).cast("bfloat16").float().realize() for i, s in enumerate(shapes)]
+  def step(x, w, a, g):
+    y = unet.convolve(x.cast("bfloat16"), w, a.cast("bfloat16"), stride=stride, pad=pad).float()
+    return [y, *(y * g).sum().gradient(x, a, w)]
+  quick = captured(step)
+  y, dx, da, dw = [v.numpy() for v in quick(x, w, a, g)]
+  names = [name for call in kernels(quick) if (name := call.src[0].arg.name).endswith("_pairs")]
+  assert any("conv" in name and f"_{C}_{O}" in name for name in names) == (C % 2 == O % 16 == 0)
+  assert any("weight" in name for name in names) == (W//stride % 2 == O % 16 == 0)
+  x, w, a, g = [v.numpy().astype(np.float64) for v in (x, w, a, g)]
+  padded, want = np.pad(x, ((0, 0), (lo, hi), (lo, hi), (0, 0))), conv_by_hand(x, w, stride, lo, hi) + a
+  slope, weights = np.zeros_like(padded), np.zeros_like(w)
+  for i, j in np.ndindex(k, k):
+    at = np.s_[:, i:i+H:stride, j:j+W:stride]
+    slope[at] += g @ w[i, j].T
+    weights[i, j] = np.einsum("bhwc,bhwo->co", padded[at], g)
+  close(dw, weights, atol=1e-5 * np.abs(weights).max())
+  close(da, g.sum((1, 2), keepdims=True), atol=1e-4)
+  for ours, exact in ((y, want), (dx, slope[:, lo:lo+H, lo:lo+W])):
+    assert (np.abs(ours-exact) <= np.abs(exact)/256 + 1e-4).all()
 
 def test_linear(way):
   check(unet.linear, lambda x, w, b: x @ w + b, arr(3, 8), arr(8, 12, seed=1), arr(12, seed=2))
