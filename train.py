@@ -45,7 +45,7 @@ class Config:
   sample_every:int = flag(5000, "steps between grids of samples; 0: never")
   # the paper: Sections 2 to 4 and Appendix B
   T:int = flag(1000, "steps of the diffusion", 1, 100_000)
-  schedule:str|tuple = flag("linear", "of the betas; linear: the paper's", choices=CHOICES["schedule"])
+  schedule:str|tuple = flag("linear", "of betas; linear: the paper's", choices=CHOICES["schedule"])
   beta_1:float = flag(1e-4, "the first beta (not for cosine)", 1e-12, 1)
   beta_T:float = flag(0.02, "the last beta (not for cosine; for geometric each step's share)", 0, 1)
   sigma:str = flag("beta", "variance of p, Section 3.2, Table 2", choices=CHOICES["sigma"])

@@ -287,7 +287,7 @@ def program(monkeypatch, tmp_path, capsys):
       return 0.8 * x if not y else x * (y[0] + 1).reshape(-1, 1, 1, 1) / 5
   def read(name, split="train", data_dir=None, **how):
     state.read.append((name, split, how))
-    return dataset(state.images, state.labels, ["0", "1", "2"])
+    return dataset(state.images, state.labels, ["0", "1", "2"], heldout=True)
   monkeypatch.setattr(sample, "open_device", lambda *_: None)  # whose line would be in stderr
   monkeypatch.setattr(checkpoint, "load", lambda path, raw=False: (Model(), {"ddpm": state.ddpm, **state.meta}))
   monkeypatch.setattr(data, "read", read)
