@@ -18,6 +18,7 @@ from engine.capture import captured
 from engine.streams import stream
 from engine.terminal import number, parser, table
 from extras import quality
+from extras.editing import keep
 from extras.guidance import told
 from extras.likelihood import report_ode
 from files.atomic import write_json
@@ -155,8 +156,12 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--ode", type=number(int, 1), metavar="STEPS", help="also by the probability-flow ODE")
   add("--ode-levels", action="store_true", help="--ode knows of the 256 levels from -1 to 1")
   a = p.parse_args(argv)
-  check_places(a.json)
   if (a.lenet or a.nearest) and not a.samples: p.error("--lenet, --nearest: add --samples FILE.npz")
+  if a.ode_levels and not a.ode: p.error("--ode-levels: add --ode STEPS")
+  unused = [k for k in ("labels", "no_clip", "naive", "against", "ode", "samples_t") if vars(a)[k]]
+  if a.samples and unused: p.error(f"--samples: leave out --{unused[0].replace('_', '-')}")
+  check_places(a.json, a.nearest and quality.beside(a.samples))
+  keep([a.samples], a.json)
   return a
 
 def report_bound(T:int, b:Bound, how:str) -> dict:
@@ -182,6 +187,7 @@ def main(argv:list[str]|None=None):
   if a.samples_t is None: a.samples_t = min(20, ddpm.T - 1)
   if max(a.samples_t, a.ode or 0) > ddpm.T: raise ValueError(f"this model has but {ddpm.T} times")
   name, found = open_images(a, a.split, path, net, meta)
+  quality.say(name, found, a.split)
   if found.limits: raise ValueError(f"{name} has floats, but the decoder of Eq. 13 is for 8 bits")
   if (a.n or 0) > len(found.images): raise ValueError(f"--n {a.n}: {name} has {len(found.images)}")
   index = choose(len(found.images), a.n or 256, a.seed, "evaluated images")

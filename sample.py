@@ -106,6 +106,7 @@ def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
   hosts.take_device(open_device(a.tf32))
   path = checkpoint.find(a.checkpoint, a.raw)
+  editing.keep([path], *(vars(a).get(k) for k in ("out", "npz", "gif", "json")))
   net, meta = checkpoint.load(path, a.raw)
   try: ddpm = DDPM(**meta.get("ddpm", {}))
   except TypeError as e: raise ValueError(f"{path} does not describe its diffusion: {e}") from e
@@ -177,7 +178,7 @@ def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> n
   if a.classes: return np.arange(classes, dtype=np.int32).repeat(a.n or 8)
   if a.label is None and editing.asked(a): return np.full(a.n, classes, np.int32)
   if a.label is None: return all_equally(a.first + (a.n or 16), classes, a.seed)[a.first:]
-  k = names.index(a.label) if a.label in names else int(a.label) if a.label.isdigit() else classes
+  k = names.index(a.label) if a.label in names else int(a.label) if a.label.isdecimal() else classes
   if k < classes: return np.full(a.n or 16, k, np.int32)
   known = ", ".join(names) or f"0 to {classes - 1}"
   raise ValueError(f"--class {a.label}: the classes of {path} are {known}")
@@ -191,8 +192,7 @@ def main(argv:list[str]|None=None):
   options = {} if a.eta is None else {"eta": a.eta}
   sampler = functools.partial(SAMPLERS[a.sampler], ddpm, seed=a.seed, jits={}, **options,
                               clip=meta.get("clip", True) and not a.no_clip)
-  guidance = 1 if a.guidance is None else a.guidance
-  labelled = labelling(net, guidance, meta.get("null_class", True))
+  labelled = labelling(net, 1 if a.guidance is None else a.guidance, meta.get("null_class", True))
   if editing.edit(a, ddpm, sampler, labelled, image_shape(net), meta, labels, times): return
   draw = drawing(sampler, labelled, a.batch)
   print(f"{path}: {a.sampler}, {len(times) - 1} steps", file=sys.stderr)

@@ -45,7 +45,7 @@ class Config:
   sample_every:int = flag(5000, "steps between grids of samples; 0: never")
   # the paper: Sections 2 to 4 and Appendix B
   T:int = flag(1000, "steps of the diffusion", 1, 100_000)
-  schedule:str = flag("linear", "of the betas; linear is the paper's", choices=CHOICES["schedule"])
+  schedule:str|tuple = flag("linear", "of betas; linear: the paper's", choices=CHOICES["schedule"])
   beta_1:float = flag(1e-4, "the first beta (not for cosine)", 1e-12, 1)
   beta_T:float = flag(0.02, "the last beta (not for cosine; for geometric each step's share)", 0, 1)
   sigma:str = flag("beta", "variance of p, Section 3.2, Table 2", choices=CHOICES["sigma"])
@@ -203,7 +203,8 @@ def network(c:Config, shape:tuple[int, ...], classes:int) -> dict:
 def description(c:Config, net:Any, found:data.Dataset, classes:list[str]) -> dict:
   """What a checkpoint says of itself."""
   about = {"ddpm": {k: getattr(c, k) for k in DIFFUSION}, "dataset": c.dataset,
-           "limits": found.limits, "classes": classes}
+           "limits": found.limits, "classes": classes,
+           "null_class": not c.class_conditional or c.drop_labels > 0}  # is "no class" known?
   return about | ({"unet": net.config} if type(net) is UNet else {})
 
 def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],

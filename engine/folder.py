@@ -15,7 +15,7 @@ from files.weights import open_tensors, read_tensors, write_tensors
 
 def place(out:str|os.PathLike, dataset:str|None) -> str:
   """A run's folder, with the dataset's name for <dataset>."""
-  return str(out).replace("<dataset>", Path(dataset or "array").stem or "folder")
+  return str(out).replace("<dataset>", Path(dataset or "array").stem.strip(".") or "folder")
 
 @contextlib.contextmanager
 def claim(folder:Path) -> Iterator[None]:

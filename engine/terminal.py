@@ -35,7 +35,7 @@ def numbers(text:str) -> tuple[int, ...]:
 def size(text:str) -> int|tuple[int, ...]:
   """An argparse type: 64, or 64x128, height first."""
   sides = text.split("x")
-  if len(sides) > 2 or not all(s.isdigit() and 1 <= int(s) <= 4096 for s in sides):
+  if len(sides) > 2 or not all(s.isdecimal() and 1 <= int(s) <= 4096 for s in sides):
     raise argparse.ArgumentTypeError(f"it takes 1 to 4096 pixels, such as 64 or 64x128, not {text!r}")
   return int(text) if len(sides) == 1 else tuple(map(int, sides))
 

@@ -142,9 +142,11 @@ def flags(add:Callable):
   add("--at", type=number(int, 1), metavar="t", help="for --from and --encode: 1 to T")
 
 def keep(given:Sequence[str|None], *outs:str|None):
-  """ValueError if one of the images given would be written over."""
+  """ValueError if a file given would be written over, or two files to be written have one name."""
   for path, out in itertools.product(filter(None, given), filter(None, outs)):
     if Path(path).resolve() == Path(out).resolve(): raise ValueError(f"{path} would be written over by {out}")
+  names = [Path(out).resolve() for out in filter(None, outs)]
+  if len({*names}) < len(names): raise ValueError("two of the files to be written have one name: choose another")
 
 def asked(a:argparse.Namespace) -> list[str]:
   """The image files that are to be edited, none without such a flag."""

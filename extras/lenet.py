@@ -3,7 +3,6 @@
 evaluate.py's --lenet and --nearest. Not in the paper, which uses FID, by a network of 24 million weights.
 """
 import sys
-from pathlib import Path
 import numpy as np
 from tinygrad import Context, Device, Tensor, nn
 import data
@@ -118,7 +117,7 @@ def nearest(a:np.ndarray, b:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     index[nearer], least[nearer] = start + found[nearer], far.min(1)[nearer]
   return index, np.sqrt(np.square(a - flat(b[index])).mean(1))
 
-def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray, k:int, path:Path) -> dict:
+def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray, k:int, path:str) -> dict:
   """--nearest at the terminal: the distances of samples to the nearest training image, and those of as many images
   that were not trained on. And a picture: the k samples that are nearest of all, with the training image that is
   nearest in pixels and, where there are classes, in LeNet's features; below, the distribution of both distances."""

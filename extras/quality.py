@@ -1,5 +1,5 @@
 """How samples and outliers are told from images. evaluate.py's --against and --samples."""
-import argparse
+import argparse, sys
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -62,6 +62,8 @@ def compare_samples(a:argparse.Namespace):
   a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint, read as for training.
   ValueError for samples that are no such images, and for LeNets without classes to learn."""
   made, meta = data.read(a.samples), {}
+  say(a.samples, made)
+  if (a.n or 0) > len(made.images): raise ValueError(f"--n {a.n}: {a.samples} has {len(made.images)}")
   if not a.dataset:
     open_device(a.tf32)
     meta = checkpoint.load(checkpoint.find(a.checkpoint))[1]
@@ -69,6 +71,7 @@ def compare_samples(a:argparse.Namespace):
     raise ValueError("the checkpoint does not name its images: say which by --dataset")
   how = meta.get("how", {} if name in data.DATASETS else {"size": made.images.shape[2:]})
   found, known = (data.read(name, split, a.data_dir, **how) for split in (a.split, "train"))
+  say(name, found, a.split)
   samples, images, real = values(made)[:a.n], values(found), values(known)
   if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
     raise ValueError(f"{a.samples} holds {samples.dtype} {samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
@@ -85,9 +88,18 @@ def compare_samples(a:argparse.Namespace):
         of_as_many_training_images=(result["sliced_wasserstein_of_training_images"],))
   if a.lenet: result["lenet"] = lenet.report_lenet(samples, real, images, known, a.split)
   if a.nearest:
-    picture = Path(a.samples).with_suffix(".nearest.png")
-    result["nearest"] = lenet.report_nearest(samples, known, images, a.nearest, picture)
+    result["nearest"] = lenet.report_nearest(samples, known, images, a.nearest, beside(a.samples))
   if a.json: write_json(a.json, result)
+
+def beside(samples:str) -> str:
+  """Where the picture of --nearest goes."""
+  return str(Path(samples).with_suffix(".nearest.png"))
+
+def say(name:str, found:data.Dataset, split:str="train"):
+  """Says on stderr what a dataset left out, and whether images for testing were asked of one that has none apart."""
+  said = [*found.left]
+  if split == "test" and not found.heldout: said.append("it is not split into train and test: all of it is taken")
+  if said: print(f"evaluate.py: {name}: {'; '.join(said)}", file=sys.stderr)
 
 def values(found:data.Dataset) -> np.ndarray:
   """The images as they were before `data.read` scaled them."""

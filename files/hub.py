@@ -76,6 +76,7 @@ SAME = {"in_channels": "in_channels", "layers_per_block": "num_res_blocks", "nor
 SCHEDULES = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
 SIGMAS = {"fixed_large": "beta", "fixed_small": "beta_tilde", "fixed_small_log": "beta_tilde"}
 PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+OURS = ("classes", "limits")  # of a checkpoint's description: diffusers has no place for them
 
 def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
   """config.json and scheduler_config.json of a model. ValueError for what diffusers has no name for."""
@@ -91,7 +92,7 @@ def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
     "num_train_timesteps": d["T"], "beta_start": d["beta_1"], "beta_end": d["beta_T"],
     "variance_type": named(SIGMAS, "sigma"), "prediction_type": named(PREDICTS, "predict"),
     "clip_sample": bool(meta.get("clip", True))}
-  if d["schedule"] in SCHEDULES.values(): scheduler["beta_schedule"] = named(SCHEDULES, "schedule")
+  if str(d["schedule"]) in SCHEDULES.values(): scheduler["beta_schedule"] = named(SCHEDULES, "schedule")
   else: scheduler["trained_betas"] = make_beta(d["T"], d["beta_1"], d["beta_T"], d["schedule"])[1:].tolist()
   attn = [len(layers) > 1 for layers in model.down[::c["num_res_blocks"]+1]]  # of each level
   config = FIXED | {
@@ -102,7 +103,7 @@ def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
     "attention_head_dim": c["head_channels"] or None, "flip_sin_to_cos": False, "num_class_embeds": None}
   config |= {theirs: c[ours] for theirs, ours in SAME.items()}
   if c["num_classes"]: config |= {"num_class_embeds": c["num_classes"] + null, "_null_class": null}  # the last is none
-  return config, scheduler
+  return config | {f"_{k}": meta[k] for k in OURS if meta.get(k)}, scheduler
 
 def supported(path:Path, config:dict, key:str, ok:object, only:str):
   """ValueError naming the key and its value unless `ok`."""
@@ -209,6 +210,7 @@ def load(folder:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   fill(state, readers, place)
   meta["unet"] = model.config
   if args["num_classes"] and not null: meta["null_class"] = False
+  meta |= {k: config[f"_{k}"] for k in OURS if isinstance(config.get(f"_{k}"), list)}
   return model, meta
 
 def read_json(path:Path) -> dict:

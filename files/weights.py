@@ -14,7 +14,8 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.ui
 def write_tensors(path:str|os.PathLike, tensors:dict[str, np.ndarray], meta:dict):
   """A safetensors file with `meta` as JSON in its header. OSError if it cannot be written."""
   names = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
-  header:dict[str, dict] = {"__metadata__": {"format": "pt", "ddpm": json.dumps(meta)}}
+  about = json.dumps(meta, default=lambda v: np.asarray(v).tolist())  # a schedule may be an array
+  header:dict[str, dict] = {"__metadata__": {"format": "pt", "ddpm": about}}
   offset = 0
   for k, v in tensors.items():
     header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [offset, offset := offset+v.nbytes]}
@@ -75,11 +76,12 @@ def fill(state:dict[str, Tensor], readers:Readers, path:str|os.PathLike):
     if names:
       raise ValueError(f"{path} {what} tensor {min(names)!r}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}")
   for k, v in state.items():
-    new = readers[k]()
+    if (new := readers[k]()).dtype.kind != "f": raise ValueError(f"{path}: tensor {k!r} is {new.dtype}, not floats")
+    with np.errstate(over="ignore"): new = new.astype(np.float32, copy=False)
     if v.shape != new.shape:
       raise ValueError(f"{path}: tensor {k!r} has shape {new.shape}, the network needs {v.shape}")
     if not np.isfinite(new).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
-    v.replace(Tensor(np.ascontiguousarray(new, np.float32), device=v.device))
+    v.replace(Tensor(np.ascontiguousarray(new), device=v.device))
   Tensor.realize(*state.values())
 
 def converting(path:str|os.PathLike) -> str:

@@ -287,7 +287,7 @@ def program(monkeypatch, tmp_path, capsys):
       return 0.8 * x if not y else x * (y[0] + 1).reshape(-1, 1, 1, 1) / 5
   def read(name, split="train", data_dir=None, **how):
     state.read.append((name, split, how))
-    return dataset(state.images, state.labels, ["0", "1", "2"])
+    return dataset(state.images, state.labels, ["0", "1", "2"], heldout=True)
   monkeypatch.setattr(sample, "open_device", lambda *_: None)  # whose line would be in stderr
   monkeypatch.setattr(checkpoint, "load", lambda path, raw=False: (Model(), {"ddpm": state.ddpm, **state.meta}))
   monkeypatch.setattr(data, "read", read)
@@ -481,6 +481,24 @@ def test_samples_that_are_refused(compared, tmp_path, monkeypatch):
   np.savez(tmp_path / "good.npz", arr_0=some_images(5, (4, 4, 1)))
   monkeypatch.setattr(checkpoint, "load", lambda path, raw=False: (None, {}))
   refused(lambda: compared("--samples", "good.npz", "--checkpoint", "c.safetensors"), "--dataset")
+  good = "--samples", "good.npz", "--dataset", "set.npy"
+  for flags in (["--labels"], ["--ode", 3], ["--naive", 3], ["--against", "shifted"], ["--samples-t", 3], ["--n", 6]):
+    refused(lambda flags=flags: compared(*good, *flags), flags[0])
+  refused(lambda: compared(*good, "--json", "./good.npz"), "good.npz would be written over")
+  (tmp_path / "good.nearest.png").mkdir()
+  refused(lambda: compared(*good, "--nearest", 2), "cannot write good.nearest.png")
+  refused(lambda: compared("--ode-levels"), "--ode STEPS")
+
+def test_what_is_left_out_and_what_is_not_held_out_is_said(tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  for half, n in (("train", 3), ("test", 2)):
+    (folder := tmp_path / "set" / half).mkdir(parents=True)
+    for i in range(n): Image.fromarray(rng([n, i]).integers(0, 256, (8, 8), np.uint8)).save(folder / f"{i}.png")
+  (tmp_path / "set" / "train" / "3.png").write_text("broken")
+  for name, words in (("set", ["3.png"]), ("set/test", ["not split"])):
+    evaluate.main(["--samples", str(tmp_path / "set" / "train"), "--dataset", str(tmp_path / name)])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "3.png" in said[0] and all(word in said[1] for word in words), said
 
 # *** not in the paper: LeNet, and the nearest training images ***
 

@@ -125,6 +125,16 @@ def test_places_that_cannot_be_written(tmp_path):
   refused(lambda: pictures.save_png(tmp_path / ("x" * 300), picture), "too long")
   assert (tmp_path / "file").read_bytes() == b"old" and {p.name for p in tmp_path.iterdir()} == {"file", "pipe"}
 
+@pytest.mark.parametrize("value, words", [(np.int8(3), "int8"), (np.float64(1e300), "not finite")])
+def test_weights_that_are_no_float32_are_refused(tmp_path, value, words, recwarn):
+  model = unet.UNet(**TINY)
+  checkpoint.save(tmp_path / "a.safetensors", model)
+  tensors, _ = read_tensors(tmp_path / "a.safetensors")
+  tensors["conv_in.bias"] = np.full(tensors["conv_in.bias"].shape, value)
+  write_tensors(tmp_path / "b.safetensors", tensors, {"unet": model.config})
+  refused(lambda: checkpoint.load(tmp_path / "b.safetensors"), "conv_in.bias", words)
+  assert not [w for w in recwarn if w.category is RuntimeWarning]
+
 # *** what a user sees ***
 
 def test_progress_passes_everything_on(capsys, monkeypatch):

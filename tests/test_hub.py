@@ -106,6 +106,16 @@ def test_classes_go_there_and_back(tmp_path):
   assert again.config["num_classes"] == 4 and meta["null_class"] is False
   assert np.array_equal(again.label.numpy(), np.concatenate([table, np.zeros_like(table[:1])]))
 
+def test_a_schedule_that_is_an_array_and_names_and_limits_go_there_and_back(tmp_path):
+  model, own = random_model(num_classes=2), np.linspace(0.01, 0.3, 9)
+  meta = {"ddpm": {"T": 9, "schedule": own}, "classes": ["cat", "dog"], "limits": [-3.5, 7.0]}
+  hub.save(tmp_path/"folder", model, meta)
+  checkpoint.save(tmp_path/"a.safetensors", model, meta)
+  for path in (tmp_path/"folder", tmp_path/"a.safetensors"):
+    again = checkpoint.load(path)[1]
+    assert again["ddpm"]["schedule"] == own.tolist()
+    assert again["classes"] == ["cat", "dog"] and again["limits"] == [-3.5, 7.0]
+
 @pytest.mark.parametrize("keys", [
   {"image_size": (8, 12), "attn_resolutions": (6,)}, {"in_channels": 5}, {"out_channels": 2}, {"head_channels": 4},
   {"norm_eps": 1e-3, "down_pad": 1, "freq_shift": 0}, {"channel_mult": (1, 2, 4), "attn_resolutions": (8, 2)}])

@@ -234,6 +234,18 @@ def test_words_for_labels_and_paths_for_places(tmp_path, monkeypatch):
   init = ROOT/"checkpoints"/"mnist.safetensors"
   refused(lambda: train.fit(dataclasses.replace(c, init=init, restart=True), IMAGES, names, affine()), str(init))
 
+def test_a_schedule_of_ones_own_and_labels_that_are_always_shown(tmp_path):
+  """A run takes both from its Config; --init takes the schedule from its checkpoint."""
+  own = [0.1, 0.2, 0.3]
+  out = fit(tmp_path/"run", T=3, schedule=own, steps=1, class_conditional=True, drop_labels=0.0)
+  said = about(out/"ema.safetensors")
+  assert said["ddpm"]["schedule"] == own and said["null_class"] is False
+  checkpoint.save(tmp_path/"a.safetensors", UNet(**TINY), said)
+  c = train.arguments(["--init", str(tmp_path/"a.safetensors")])
+  fit(tmp_path/"next", T=3, schedule=c.schedule, steps=1)
+  assert about(tmp_path/"next"/"ema.safetensors")["null_class"] is True
+  refused(lambda: fit(tmp_path/"other", T=4, schedule=own), "T = 4 numbers")
+
 # *** around it ***
 
 @pytest.mark.parametrize("name", sample.SAMPLERS)

@@ -47,6 +47,16 @@ def test_both_ways_to_start_it_and_a_place_that_cannot_be_written(command, tmp_p
                      text=True)
   assert r.returncode == 1 and r.stderr.count("\n") == 1 and "cannot write" in r.stderr, r.stderr
 
+def test_any_name_and_a_schedule_of_ones_own(monkeypatch):
+  """The script ends where page.html ends it, and the description is not a list of numbers."""
+  for part in ("answers", "network"): monkeypatch.setattr(page, part, lambda *_: {})
+  names = ["</script>", "<!--<script>"]
+  made = page.make(random_model(num_classes=2), DDPM(2, schedule=[0.1, 0.3]),
+                   {"classes": names, "ddpm": {"schedule": [0.1, 0.3]}})
+  data = json.loads(made.split("const M = ")[1].split("\n")[0])
+  assert data["classes"] == names and "βₜ from 0.1 to 0.3." in data["about"]
+  assert made.count("<script") == made.count("</script") == 1 and "<!--" not in made
+
 # *** in a browser ***
 
 @pytest.fixture(scope="module")

@@ -258,6 +258,9 @@ def test_wrong_for_this_model(command):
   refused(lambda: command("--class 2"), "--class 2", "0 to 1")
   command.meta["classes"] = ["cat", "dog"]
   refused(lambda: command("--class cow"), "--class cow", "cat, dog")
+  refused(lambda: command("--class ²"), "--class ²", "cat, dog")
+  for line in ("--out model", "--npz ./model", "--out a.gif --gif ./a.gif", "--out b.npz --npz b.npz"):
+    refused(lambda line=line: command(line), "model would be written over" if "model" in line else "one name")
   command("--class dog --n 1 --npz a.npz")
   assert (read("a.npz") > 127).all()
   command.net.config["num_classes"] = 0

@@ -445,6 +445,7 @@ def test_how_the_path_is_spelled_does_not_matter(tmp_path, images, end):
   for i, source in enumerate((f"{tmp_path}/train{end}", os.path.relpath(tmp_path/"train"))):
     train.fit(config(tmp_path/"run", steps=i + 1), source, model=affine((3, 8, 8)))
   assert saved_step(tmp_path/"run") == 2 and folder.place("runs/<dataset>", "x/faces/") == "runs/faces"
+  assert folder.place("runs/<dataset>", "..") == folder.place("runs/<dataset>", "../..") == "runs/folder"
   assert about(tmp_path/"run"/"ema.safetensors")["dataset"] == os.path.relpath(tmp_path/"train")
   assert not any("held_out" in e for e in log(tmp_path/"run"))  # there are no images apart from these
 

@@ -82,9 +82,9 @@ def description(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
   """The model by its own account, in words."""
   (_, H, W), trained, own = image_shape(net), Path(str(meta.get("dataset") or "")).name, meta.get("ddpm", {})
   return (f"Trained on {trained}, {meta.get('step', 0):,} steps. " * bool(trained) + f"Images of {H} × {W} pixels. " +
-    f"{sum(p.numel() for p in nn.state.get_parameters(net)):,} parameters, here in 16 bits. " +
-    f"T = {ddpm.T}, βₜ {own.get('schedule', '')} from {ddpm.beta[1]:g} to {ddpm.beta[-1]:g}. The network says " +
-    {"eps": "ε, the noise", "x0": "x₀, the image", "v": "v, of both"}[ddpm.predict] + "; " +
+    f"{sum(p.numel() for p in nn.state.get_parameters(net)):,} parameters, here in 16 bits. T = {ddpm.T}, βₜ " +
+    f"{own.get('schedule')} " * isinstance(own.get("schedule"), str) + f"from {ddpm.beta[1]:g} to {ddpm.beta[-1]:g}. " +
+    "The network says " + {"eps": "ε, the noise", "x0": "x₀, the image", "v": "v, of both"}[ddpm.predict] + "; " +
     {"beta": "σₜ² = βₜ.", "beta_tilde": "σₜ² = β̃ₜ."}[ddpm.sigma])
 
 def make(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
@@ -102,7 +102,7 @@ def make(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
                classes=meta.get("classes") or [*map(str, range(classes))], chains=[chain(ddpm, *c) for c in chains],
                about=description(net, ddpm, meta), licence=Path(here.parents[1], "LICENSE").read_text(),
                **answers(ddpm, net, clip, known), **network(net))
-  filling = json.dumps(model, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+  filling = json.dumps(model, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
   return here.with_suffix(".html").read_text().replace("MODEL", filling)
 
 def main(argv:list[str]|None=None):
