@@ -155,7 +155,7 @@ def column_kernel(y:UOp, *xs:UOp, op:Ops, device:str) -> UOp:
     v = xs[0][at[0], inner[0], at[1]]
     for x in xs[1:]: v = v * x[at[0], inner[0], at[1]]
     return v
-  name = f"column_{A}_{R}_{C}" + "_max"*(op is Ops.MAX) + f"_{len(xs)}"*(len(xs) > 1)
+  name = f"column_{A}_{R}_{C}" + "_max"*(op is Ops.MAX) + f"_{len(xs)}"*(len(xs) > 1) + f"_{xs[0].dtype.name}"
   return kernel(name, y, (R,), term, tiles=column_tiles(device, (A, C), R), op=op)
 
 def statistic_kernel(y:UOp, x:UOp, *mean:UOp, eps:float, device:str) -> UOp:
