@@ -28,7 +28,7 @@ class LeNet:
     h, w = [((side - 4) // 2 - 4) // 2 for side in shape[1:]]
     sizes = (5, 5, shape[0], 6), (5, 5, 6, 16), (h * w * 16, 120), (120, 84), (84, classes)
     rng = stream(seed, "LeNet")
-    self.weights = [fan_average(rng, *size) for size in sizes]
+    self.weights = [fan_average(rng, *size).realize() for size in sizes]
     self.biases = [Tensor(np.zeros(size[-1], np.float32)).realize() for size in sizes]
 
   def __call__(self, x:Tensor) -> tuple[Tensor, Tensor]:

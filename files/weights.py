@@ -82,6 +82,7 @@ def fill(state:dict[str, Tensor], readers:Readers, path:str|os.PathLike):
       raise ValueError(f"{path}: tensor {k!r} has shape {new.shape}, the network needs {v.shape}")
     if not np.isfinite(new).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
     v.replace(Tensor(np.ascontiguousarray(new), device=v.device))
+    if new.nbytes > 2**16: v.realize()  # so that no two of the large ones wait
   Tensor.realize(*state.values())
 
 def converting(path:str|os.PathLike) -> str:

@@ -494,7 +494,7 @@ def test_what_is_a_name():
 
 def test_a_name_on_the_hub_draws(server, tmp_path):
   publish(server, tmp_path, "owner/name@main", random_model(), {"ddpm": {"T": 3, "beta_T": 0.5}})
-  out, env = tmp_path/"out.png", os.environ | {"XDG_CACHE_HOME": str(tmp_path/"xdg"), "PLAIN": "1", "CACHELEVEL": "0"}
+  out, env = tmp_path/"out.png", os.environ | {"XDG_CACHE_HOME": str(tmp_path/"xdg"), "CACHEDB": helpers.CACHEDB}
   command = [sys.executable, "sample.py", "--checkpoint", "owner/name", "--n", "2", "--out", out]
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
   assert done.returncode == 0 and out.stat().st_size > 100, done.stderr
