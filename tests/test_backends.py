@@ -3,6 +3,7 @@ import json, os, subprocess, sys
 import pytest
 from common import ROOT
 from tools import backends
+pytestmark = pytest.mark.slow
 
 NUMBERS = dict(by="a compiler", losses=[2., 4.], norms=[1.], samples=[0.5, -1.])
 

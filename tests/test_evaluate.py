@@ -520,6 +520,7 @@ def test_nearest_images():
   moved = known[index].astype(np.float32) + np.array([3, 0, 4, 0], np.float32)
   close(lenet.nearest(moved, known), (index, np.full(700, 2.5)), rtol=1e-5)  # √((9 + 16) / 4)
 
+@pytest.mark.slow
 def test_lenet_and_nearest_at_the_terminal(compared, tmp_path, monkeypatch):
   """Two classes, dark and bright; the samples are ten training images. LeNets are kept: a second run trains none."""
   monkeypatch.setattr(lenet, "SEEDS", 2)

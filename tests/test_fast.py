@@ -51,6 +51,7 @@ def test_importing_does_nothing_but_define_names():
             "tinygrad.nn", "tinygrad.codegen.opt.postrange", "tinygrad.runtime.ops_cpu"]
   for order in (names, names[::-1]): assert python(program.format(names=inside, order=order)) == "ok\n"
 
+@pytest.mark.slow
 def test_without_the_folder_everything_still_works(tmp_path):
   left_out = shutil.ignore_patterns(".*", "fast", "runs", "assets", "checkpoints", "__pycache__")
   shutil.copytree(ROOT, tmp_path/"copy", ignore=left_out)

@@ -9,6 +9,7 @@ from fast import cpu, gpu, scope
 from test_unet import kernels
 from tinygrad import Device, Tensor, nn
 from tinygrad.engine.realize import get_call_arg_uops
+pytestmark = pytest.mark.slow
 
 EMULATED = """if True:
   import sys

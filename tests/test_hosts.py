@@ -11,6 +11,7 @@ from engine import hosts
 from files import checkpoint
 import evaluate, sample, train
 from tools import scale
+pytestmark = pytest.mark.slow
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 several = pytest.mark.skipif(not MPIRUN or not importlib.util.find_spec("mpi4py"), reason="needs mpi4py and mpirun")

@@ -492,6 +492,7 @@ def test_what_is_a_name():
   for name in ("google/ddpm-cifar10-32", "a/b@main", "a/b.c@refs/pr/1", "a_b/c@v1.0"): assert download.is_name(name)
   for name in ("runs/", "../a", "a/..", "a", "a/b/c", "a/b@", "/a/b", "a/b@/c"): assert not download.is_name(name)
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_draws(server, tmp_path):
   publish(server, tmp_path, "owner/name@main", random_model(), {"ddpm": {"T": 3, "beta_T": 0.5}})
   out, env = tmp_path/"out.png", os.environ | {"XDG_CACHE_HOME": str(tmp_path/"xdg"), "CACHEDB": helpers.CACHEDB}

@@ -5,6 +5,7 @@ import pytest
 from common import ROOT, close, f32, random_model, refused
 from ddpm import DDPM
 from tools import page
+pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu-sandbox --disable-background-networking --no-first-run --disable-sync

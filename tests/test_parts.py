@@ -138,6 +138,7 @@ def test_floats_are_in_the_range_of_their_set(draw, tmp_path):
   assert a["arr_0"].dtype == np.float32 and b["arr_0"].dtype == np.uint8 and a.files == b.files == ["arr_0"]
   close(a["arr_0"], b["arr_0"] / 255 * 8 - 3, atol=8 / 255 / 2 * 1.01)
 
+@pytest.mark.slow
 def test_a_killed_program_ends_in_the_same_bytes(model, tmp_path):
   def start(name):
     flags = ["--n", "60", "--batch", "4", "--npz", f"{name}.npz", "--png", name]

@@ -10,6 +10,7 @@ def run(*flags, **env):
   return subprocess.run([sys.executable, "-m", "tools.report", *map(str, flags)], cwd=ROOT, env=os.environ | env,
                         capture_output=True, text=True)
 
+@pytest.mark.slow
 def test_all_parts_at_small_sizes(tmp_path):
   """A cold cache takes minutes, which the report would not wait for by itself."""
   r = run("--small", "--minutes", 120, "--out", tmp_path/"report.md")

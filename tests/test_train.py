@@ -548,6 +548,7 @@ def wait_for_lines(process, out, n):
   file = out/"log.jsonl"
   while process.poll() is None and not (file.exists() and file.read_text().count("\n") > n): time.sleep(0.002)
 
+@pytest.mark.slow
 def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path, start):
   settings, stopped = dict(steps=400, save_every=20, class_conditional=True), tmp_path/"stopped"
   for lines, how in ((30, signal.SIGKILL), (100, signal.SIGINT)):
