@@ -130,6 +130,7 @@ USER = """if True:
   same("kernels of ours that are compiled outside")
   print("ok")"""
 
+@pytest.mark.slow
 @with_clang
 def test_a_users_own_network_finds_tinygrad_as_it_was():
   """Kernels, switches, environment, renderer, scheduler, sorting, graph: before, between and after captured steps."""
@@ -218,6 +219,7 @@ def start(program, *args, **env):
   return subprocess.Popen([sys.executable, "-c", program, *args], cwd=ROOT, env=kept | env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
+@pytest.mark.slow
 @with_clang
 @pytest.mark.parametrize("plain", ["0", "1"])
 def test_a_compiling_process_that_crashes_ends_the_program(plain, tmp_path):
@@ -228,6 +230,7 @@ def test_a_compiling_process_that_crashes_ends_the_program(plain, tmp_path):
   finally: p.kill()
   assert p.returncode == 1 and "a process that compiles kernels died" in err.splitlines()[-1] and "Trace" not in err
 
+@pytest.mark.slow
 @with_clang
 def test_compiling_processes_outlive_sigterm_and_end_with_their_program(tmp_path):
   p = start(STEP, "stay", **compiler(tmp_path, ""), PLAIN="0")
@@ -244,6 +247,7 @@ def test_compiling_processes_outlive_sigterm_and_end_with_their_program(tmp_path
   while alive() and time.monotonic() < until: time.sleep(0.1)
   assert not alive()
 
+@pytest.mark.slow
 @with_clang
 def test_a_compiling_process_outlives_sigterm_while_it_starts(tmp_path):
   """Sent as early as there is a Python that can send it."""
@@ -253,6 +257,7 @@ def test_a_compiling_process_outlives_sigterm_while_it_starts(tmp_path):
   out, err = p.communicate(timeout=300)
   assert (out, p.returncode) == ("(2, 8, 8, 8)\n", 0), err
 
+@pytest.mark.slow
 @with_clang
 @pytest.mark.parametrize("plain", ["0", "1"])
 def test_no_warning_of_the_compiler_is_seen(plain, tmp_path):

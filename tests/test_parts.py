@@ -76,6 +76,7 @@ def test_what_is_finished_is_not_drawn_again(draw, tmp_path, monkeypatch, error)
   assert (tmp_path/"a.gif").read_bytes() == (tmp_path/"whole.gif").read_bytes()
   for i in range(10): assert (tmp_path/f"a/{i:06d}.png").read_bytes() == (tmp_path/f"whole/{i:06d}.png").read_bytes()
 
+@pytest.mark.slow
 def test_another_command_does_not_take_them_over(draw, tmp_path, monkeypatch, model):
   checkpoint.save(tmp_path/"other.safetensors", random_model(num_classes=3, norm_eps=1e-5),
                   {"ddpm": {"T": 4, "beta_T": 0.5}, "classes": ["x", "y", "z"]})

@@ -565,6 +565,7 @@ def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path, start):
   fit(tmp_path/"whole", **settings)
   assert same(tmp_path/"whole", stopped)
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_saves_and_no_other_program_may_use_its_folder(tmp_path, start, images):
   flags = "--dataset", images, "--out", tmp_path, "--save-every", 10**6
   p = start(ROOT/"train.py", *SMALL, *flags, "--steps", 2000)

@@ -211,6 +211,7 @@ def test_gradients_of_the_network_by_finite_differences():
     p.assign(Tensor(kept)).realize()
     assert abs((vals[0]-vals[1])/(2*h) - (g*d).sum()) < 0.03 * np.abs(g*d).sum(), pick
 
+@pytest.mark.slow
 def test_plain_and_fast_are_the_same_network():
   """Values and all gradients of a network with every kind of layer."""
   model = random_model(in_channels=3, num_classes=2, image_size=(8, 4), out_channels=2, head_channels=4, norm_eps=1e-3,
