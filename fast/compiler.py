@@ -63,7 +63,7 @@ def pairs_of_bfloat16(device:str) -> bool:
   knows both (from version 16 on)."""
   if vector_lanes(device) < 16: return False
   clang = quick_renderer(Device[device].renderer.target).compiler
-  macros = subprocess.check_output([clang.clang, "-E", "-dM", "-x", "c", *clang.args, os.devnull])
+  macros = subprocess.check_output([clang.clang, "-w", "-E", "-dM", "-x", "c", *clang.args, os.devnull])
   return b"__AVX512BF16__" in macros and int(macros.split(b"__clang_major__")[1].split()[0]) > 15
 
 def renderer(device:Compiled) -> Renderer:
