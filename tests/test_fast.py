@@ -128,6 +128,8 @@ USER = """if True:
   # kernels that were made inside and are compiled outside
   for a, b in zip(inside, (lazy + 0, *grads)): np.testing.assert_allclose(a, b.numpy(), atol=1e-5 * abs(a).max())
   same("kernels of ours that are compiled outside")
+  close = abs(model(y, t).numpy() - capture.captured(lambda y, t: model(y, t))(y, t).numpy()).max()
+  assert close < 1e-5, close
   print("ok")"""
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_products_are_not_padded_on_amd(device, cores):
   assert r.returncode == 0, r.stderr[-2000:]
   assert r.stdout.strip() == cores
 
-@pytest.mark.parametrize("way,dtype", [("cpu", "float32"), ("cpu", "bfloat16"), ("gpu", "bfloat16")])
+@pytest.mark.parametrize("way,dtype", [(way, dtype) for way in ("cpu", "gpu") for dtype in ("float32", "bfloat16")])
 def test_each_kernel_of_a_step_reads_all_its_buffers_and_ours_have_names_of_their_own(way, dtype, monkeypatch):
   """tinygrad's graphs pass all buffers by position, but leave out those that a kernel does not read."""
   if way == "gpu":

@@ -158,6 +158,8 @@ def test_training_and_going_on_with_another_number(tmp_path, images, capfd):
   close(norms(other), norms(one), rtol=1e-4)
   assert {f.name for f in other.iterdir()} == {f.name for f in one.iterdir()}
   assert [line["note"][10:21] for line in log(other) if "note" in line] == ["from 1 to 2", "from 2 to 1"]
+  text = run(3, "train.py", *SMALL, "--dataset", images, "--out", one, "--restart", fails=True)
+  assert text.count("a batch of 8 is no multiple of 3 processes x 2 parts") == 1 and losses(one) == want
 
 @several
 @pytest.mark.parametrize("how", ("killed", "stopped"))

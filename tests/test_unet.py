@@ -3,7 +3,7 @@ import functools, json
 import numpy as np
 import pytest
 import unet
-from common import ROOT, TINY, arr, close, random_model
+from common import GOLDEN, ROOT, TINY, arr, close, random_model
 from engine.capture import captured
 from fast import cpu, gpu, scope
 from fast.compiler import pairs_of_bfloat16
@@ -245,6 +245,15 @@ def test_where_attention_is(size, attn, where):
   model = unet.UNet(**TINY | dict(image_size=size, attn_resolutions=attn))
   has = [i for i, layers in enumerate(model.down) if any(isinstance(layer, unet.Attention) for layer in layers)]
   assert has == [2*where]  # down: a block, halving, a block
+
+@pytest.mark.parametrize("case", ["diffusers_tiny", "diffusers_tiny_old_names"])
+def test_known_answers(case, way):
+  if not (GOLDEN/case).exists(): pytest.skip("the known answers are not on this machine")
+  from files import checkpoint
+  model, _ = checkpoint.load(GOLDEN/case)
+  known = np.load(GOLDEN/case/"case.npz")
+  out = model(Tensor(known["x"]), Tensor((known["timestep_from_0"]+1).astype(np.int32))).numpy()
+  assert np.abs(out - known["eps"]).max() < 1e-4 * np.abs(known["eps"]).max()
 
 @pytest.mark.parametrize("wrong,word", [
   ({"image_size": 9}, "divide"), ({"norm_groups": 3}, "groups"), ({"channels": 7}, "even|groups"),
