@@ -3,10 +3,12 @@ from __future__ import annotations
 import concurrent.futures, multiprocessing, os, signal, threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-import fast, tinygrad.engine.realize
+import fast
 from fast import gpu
-from tinygrad.engine import worker
+from fast.clang import together
+from tinygrad.engine import realize, worker
 from tinygrad.helpers import PARALLEL
+from tinygrad.uop.ops import UOp
 
 def start():
   """Each process begins with this. It ignores Ctrl-C and SIGTERM, which `timeout` sends to all processes of a program:
@@ -20,6 +22,17 @@ def start():
   if not fast.plain():
     for owner, name, value in gpu.changes(): setattr(owner, name, value)
 
+def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
+  """tinygrad's f, which lowers and compiles a kernel, of several of them: lowered one by one, compiled together."""
+  with together() as later: made = [f(task) for task in tasks]
+  if not later: return made
+  realize.to_program_cache.clear()  # here they are without their code
+  libs = tasks[0][1][1].compiler.compile_all(list(later))
+  def program(made:UOp) -> UOp:
+    *others, source, binary = made.src
+    return made.replace(src=(*others, source, binary.replace(arg=libs.get(source.arg, binary.arg))))
+  return [(i, program(p)) for i, p in made]
+
 class Pool:
   """As much of a multiprocessing.Pool as tinygrad uses. A process that dies is an error here, not an endless wait, and
   a process lives for all kernels instead of 16."""
@@ -29,10 +42,12 @@ class Pool:
   def imap_unordered(self, f:Callable, tasks:Iterable) -> Iterator:
     # a process that these start inherits what is blocked: a signal to all of a program's cannot end it before `start`
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try: futures = [self.executor.submit(f, task) for task in tasks]
+    tasks = list(tasks)
+    n = min(8, -(-len(tasks)//PARALLEL.value))
+    try: futures = [self.executor.submit(compiled, f, tasks[i:i+n]) for i in range(0, len(tasks), n)]
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-      for future in concurrent.futures.as_completed(futures): yield future.result()
+      for future in concurrent.futures.as_completed(futures): yield from future.result()
     except BrokenProcessPool as e:
       terminate()
       raise RuntimeError("a process that compiles kernels died: the compiler crashed, or memory is short") from e
@@ -59,5 +74,4 @@ def terminate():
 def changes() -> list[tuple]:
   """What `scope` changes: where tinygrad takes its compiling processes from. A pool of tinygrad's own that sees the
   death of a process would make this unnecessary."""
-  realize = tinygrad.engine.realize
   return [(realize, "get_worker_pool", get), (realize, "terminate_worker_pool", terminate)]

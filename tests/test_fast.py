@@ -8,6 +8,7 @@ from engine.capture import captured
 from fast import clang, cores, cpu, opencl, quickstart, scope
 from test_unet import conv_by_hand, kernels, softmax
 from tinygrad import Device, Tensor, dtypes
+from tinygrad.runtime.support.elf import elf_loader
 from tinygrad.uop.ops import UOp
 
 with scope():
@@ -275,6 +276,29 @@ def test_errors_of_the_compiler_are_seen_and_warnings_are_not(capfd):
   clang.Clang(["x86_64", "native"]).compile("int f(void) { int missing; }")
   assert capfd.readouterr().err == ""
   with pytest.raises(subprocess.CalledProcessError): clang.Clang(["x86_64", "native"]).compile("int f( {")
+  assert "error" in capfd.readouterr().err
+
+@with_clang
+def test_what_is_compiled_together_is_what_is_compiled_alone(tmp_path, monkeypatch, capfd):
+  """The same machine code by one start of clang; of one that is wrong the error is seen; and where -cc1 fails or -###
+  says nothing, each by itself."""
+  loop = "for (int i = 0; i < n; i++) s += x[i] * 0.1f;"
+  sources = [f"float {name}(float *x, int n) {{ float s = {begin}; {body} return s; }}"
+             for name, begin, body in (("a", "1.5f", ""), ("b", "x[n]", loop), ("a", "2", loop), ("c", "0", ""))]
+  arch, starts = Device["CPU"].renderer.target.arch.split(","), tmp_path/"starts"
+  def images(text):
+    """The machine code, compiled together; and how often the script was started."""
+    monkeypatch.setenv("CC", compiler(tmp_path, f"{text}\necho start >> {starts}")["CC"])
+    clang.cc1.cache_clear()
+    starts.write_text("")
+    libs = clang.Clang(arch).compile_all(sources)
+    return {src: bytes(elf_loader(lib)[0]) for src, lib in libs.items()}, starts.read_text().count("start")
+  own = clang.Clang(arch)
+  alone = {src: bytes(elf_loader(own.compile(src))[0]) for src in sources}
+  assert len(set(alone.values())) == 4 and images("") == (alone, 1)  # -### alone: what it prints is clang itself
+  for fails in ("exit 1", "echo ' \"false\" \"-cc1\" \"-o\"' >&2; exit"):
+    assert images(f'case "$*" in *-###*) {fails};; esac') == (alone, 4)
+  with pytest.raises(subprocess.CalledProcessError): own.compile_all([*sources, "int f( {"])
   assert "error" in capfd.readouterr().err
 
 # *** the operations' parts ***
