@@ -15,7 +15,7 @@ import data
 from ddpm import DDPM
 from engine import hosts
 from engine.batches import drawing
-from engine.capture import captured, placed
+from engine.capture import captured, copied, placed
 from engine.device import open_device
 from engine.folder import claim
 from engine.streams import normals, stream
@@ -93,9 +93,7 @@ def on_device(move:Callable, chain:DDPM, model:Callable, clip:bool, jits:dict|No
   def call(x_t:Tensor, t:int, z:np.ndarray|Tensor) -> list[Tensor]:
     at = placed(np.full(x_t.shape[0], t, np.int32), str(x_t.device))
     if not isinstance(z, Tensor): z = placed(z, str(x_t.device))
-    out = [v.clone() for v in jit(x_t, at, z)]     # the next call writes over the jit's own
-    Tensor.realize(*out)
-    return out
+    return [copied(v, str(v.device)) for v in jit(x_t, at, z)]  # its next call writes over its own
   return call
 
 SAMPLERS:dict[str, Callable[..., Visits]] = {"ddpm": sample_ddpm} | {

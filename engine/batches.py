@@ -2,9 +2,10 @@
 import math
 from collections.abc import Callable, Sequence
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 from tinygrad.helpers import tqdm
 from engine import hosts
+from engine.capture import placed
 from engine.streams import stream
 from files.bar import progress
 
@@ -14,7 +15,8 @@ def choose(total:int, n:int, seed:int, use:str) -> np.ndarray:
 
 def tensors(*arrays:np.ndarray|None) -> list[Tensor]:
   """The arrays, but for those that are None, as realized float32 or int32 tensors: what a captured step takes."""
-  return [Tensor(a.astype(np.float32 if a.dtype.kind == "f" else np.int32)).realize() for a in arrays if a is not None]
+  kinds = [(a, np.float32 if a.dtype.kind == "f" else np.int32) for a in arrays if a is not None]
+  return [placed(a.astype(kind), Device.DEFAULT) for a, kind in kinds]
 
 def in_batches(step:Callable[[np.ndarray, Callable], np.ndarray], n:int, size:int, desc:str="",
                rounds:int=1) -> np.ndarray:

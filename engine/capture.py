@@ -37,10 +37,14 @@ def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
 def placed(array:np.ndarray, device:str) -> Tensor:
   """The array on the device. `Tensor(array).realize()` plans a copy and looks through all tensors that there are, which
   takes milliseconds where a step may take ten."""
-  source = Tensor(np.ascontiguousarray(array), device="NPY").uop.base.buffer
-  assert isinstance(source, Buffer)
+  return copied(Tensor(np.ascontiguousarray(array), device="NPY"), device)
+
+def copied(v:Tensor, device:str) -> Tensor:
+  """A copy on the device; of a tensor that is one whole buffer, at once."""
+  source = v.uop.base.realized if v.uop.has_buffer_identity() else None
+  if not isinstance(source, Buffer): return v.clone(device).realize()
   made = Buffer(device, source.size, source.dtype).allocate().copy_from(source)
-  return Tensor(UOp.from_buffer(made, device)).reshape(array.shape)
+  return Tensor(UOp.from_buffer(made, device)).reshape(v.shape)
 
 def inside(flat:Tensor, device:str, start:int, shape:tuple[int, ...]) -> Tensor:
   """The part of a flat tensor that begins at `start` on this device, as a buffer of its own within flat's buffer.

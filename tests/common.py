@@ -3,8 +3,9 @@ import os
 from pathlib import Path
 import numpy as np
 import pytest
-from tinygrad import Tensor, nn
+from tinygrad import Device, nn
 import unet
+from engine.capture import placed
 from engine.device import find_compiler
 
 find_compiler()  # as a program does when it opens its device
@@ -16,7 +17,7 @@ TINY = dict(in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, at
 close = np.testing.assert_allclose
 
 def rng(seed=0): return np.random.default_rng(seed)
-def f32(a): return Tensor(np.asarray(a, np.float32)).realize()
+def f32(a): return placed(np.asarray(a, np.float32), Device.DEFAULT)
 def arr(*shape, seed=0, scale=1.0):
   return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
 
@@ -24,8 +25,7 @@ def random_model(**kw):
   """A network whose last layers are not near 0, so that every weight has an influence."""
   model = unet.UNet(**{**TINY, **kw})
   parameters = nn.state.get_parameters(model)
-  for i, p in enumerate(parameters): p.replace(Tensor(p.numpy() + arr(*p.shape, seed=i, scale=0.1)))
-  Tensor.realize(*parameters)
+  for i, p in enumerate(parameters): p.replace(f32(p.numpy() + arr(*p.shape, seed=i, scale=0.1)))
   return model
 
 def refused(call, *words):
