@@ -24,7 +24,7 @@ gpu-report: setup .venv/pytest
 backends: setup .venv/pytest
 	@$(PY) -m tools.backends $(ARGS)
 test: setup .venv/pytest
-	@POCL_EXTRA_BUILD_FLAGS=-w $(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
+	@POCL_EXTRA_BUILD_FLAGS=-w BEAM_MAX_TASKS_PER_CHILD=999 $(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 lint: .venv/pytest
 	@$(PY) -m ruff check -q && $(PY) -m mypy --no-error-summary
 
