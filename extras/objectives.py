@@ -1,6 +1,6 @@
 """What may be changed in L_simple: which times are drawn, what each counts for, and where no error counts. None of it
 is in the paper. c: the `Config` of train.py."""
-import dataclasses
+import dataclasses, sys
 from typing import Any
 import numpy as np
 from tinygrad import Tensor
@@ -91,13 +91,18 @@ def check(c):
     raise ValueError("--schedule cosine has no use for --beta-1 and --beta-T")
 
 def check_data(c, net:Any, found:data.Dataset):
-  """ValueError for one class alone, for floats where levels are needed, and for a UNet for images of another shape."""
+  """ValueError for one class alone, for floats where levels are needed, and for a UNet for images of another shape.
+  Says so where attention is asked for at a size that no level of a UNet has."""
   if c.class_conditional and len(found.classes) == 1: raise ValueError(f"there is but one class of images: {LAYOUTS}")
   if c.loss == "vlb" and found.limits: raise ValueError("--loss vlb needs images of 8 bits, not floats: L_0 is Eq. 13")
   if not isinstance(net, UNet): return
   own = net.config["in_channels"], *np.broadcast_to(net.config["image_size"], 2).tolist()
   if own != (shape := found.images.shape[1:]):
     raise ValueError(f"the network is for images of {own}, these are {shape}: channels, height, width")
+  levels = [max(own[1:]) >> i for i in range(len(net.config["channel_mult"]))]
+  if nowhere := sorted(set(net.config["attn_resolutions"]) - set(levels)):
+    print(f"no self-attention at {', '.join(map(str, nowhere))} (--attn): the network's levels are "
+          f"{', '.join(map(str, levels))} pixels wide", file=sys.stderr)
 
 LAYOUTS = ("classes are sub-folders, the beginnings of names such as cat_1.png, a dataset.json, or the labels of an "
            "array")

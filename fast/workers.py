@@ -24,9 +24,11 @@ def start():
 
 def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
   """tinygrad's f, which lowers and compiles a kernel, of several of them: lowered one by one, compiled together."""
-  with together() as later: made = [f(task) for task in tasks]
+  with together() as later:
+    try: made = [f(task) for task in tasks]
+    finally:
+      if later: realize.to_program_cache.clear()  # there they are without their code
   if not later: return made
-  realize.to_program_cache.clear()  # here they are without their code
   libs = tasks[0][1][1].compiler.compile_all(list(later))
   def program(made:UOp) -> UOp:
     *others, source, binary = made.src

@@ -40,6 +40,7 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
     raise ValueError(f"{path} holds only averaged weights: the raw ones are in last.safetensors")
   if any(k.startswith("ema.") for k in readers):  # train.py's state: both sets of weights, and Adam's moments
     readers = {k[4:]: v for k, v in readers.items() if k.startswith("raw." if raw else "ema.")}
+  hub.check_images(meta, path)
   model = build(meta["unet"], path)
   fill(nn.state.get_state_dict(model), readers, path)
   return model, meta

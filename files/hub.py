@@ -210,8 +210,20 @@ def load(folder:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   fill(state, readers, place)
   meta["unet"] = model.config
   if args["num_classes"] and not null: meta["null_class"] = False
-  meta |= {k: config[f"_{k}"] for k in OURS if isinstance(config.get(f"_{k}"), list)}
+  meta |= {k: config[f"_{k}"] for k in OURS if config.get(f"_{k}") is not None}
+  check_images(meta, place/"config.json")
   return model, meta
+
+def check_images(meta:dict, path:str|os.PathLike):
+  """ValueError unless what a checkpoint says of its images is what train.py writes."""
+  def numbers(v) -> bool: return isinstance(v, list) and len(v) == 2 and all(isinstance(n, int | float) for n in v)
+  def names(v) -> bool: return isinstance(v, list) and all(isinstance(n, str) for n in v)
+  how = ("size", "fit", "mode", "multiple")  # of data.read
+  known:dict[str, Callable] = {"limits": numbers, "classes": names, "dataset": lambda v: isinstance(v, str),
+                               "how": lambda v: isinstance(v, dict) and v.keys() <= {*how}}
+  for k, right in known.items():
+    if meta.get(k) is not None and not right(meta[k]):
+      raise ValueError(f"{path}: what it says of its images is damaged: {k} = {str(meta[k])[:80]}")
 
 def read_json(path:Path) -> dict:
   """A JSON object. OSError, ValueError if it is none."""

@@ -5,7 +5,7 @@ import pytest
 import unet
 from common import ROOT, arr, close
 from engine.capture import captured
-from fast import clang, cores, cpu, opencl, quickstart, scope
+from fast import clang, cores, cpu, opencl, quickstart, scope, workers
 from test_unet import conv_by_hand, kernels, softmax
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.runtime.support.elf import elf_loader
@@ -300,6 +300,19 @@ def test_what_is_compiled_together_is_what_is_compiled_alone(tmp_path, monkeypat
     assert images(f'case "$*" in *-###*) {fails};; esac') == (alone, 4)
   with pytest.raises(subprocess.CalledProcessError): own.compile_all([*sources, "int f( {"])
   assert "error" in capfd.readouterr().err
+
+@with_clang
+def test_a_kernel_that_cannot_be_lowered_leaves_none_without_its_code(monkeypatch, tmp_path):
+  """Of those before it in the same process, which would be taken for finished the next time."""
+  cache, own = {}, clang.Clang(Device["CPU"].renderer.target.arch.split(","))
+  monkeypatch.setattr(workers.realize, "to_program_cache", cache)
+  def lower(task):
+    cache[task] = own.compile_cached(f"int f(void) {{ return {task}; }} // {tmp_path}")
+    if task == 2: raise ZeroDivisionError
+  with pytest.raises(ZeroDivisionError): workers.compiled(lower, [1, 2])
+  assert not cache
+  lower(1)
+  assert cache[1][:4] == b"\x7fELF"
 
 # *** the operations' parts ***
 

@@ -202,6 +202,22 @@ def test_a_network_of_the_users_own(tmp_path):
   assert np.array_equal(other.layers[0].weight.numpy(), saved.layers[0].weight.numpy())
   assert other.count.tolist() == [7] and json.loads(read_tensors(path)[1]["ddpm"]) == {"dataset": "x"}
 
+@pytest.mark.parametrize("wrong", [
+  {"limits": [1]}, {"limits": "0, 1"}, {"limits": [0, "b"]}, {"how": 3}, {"how": {"sizes": 8}}, {"classes": [1, 2]},
+  {"classes": "ab"}, {"dataset": ["a"]}])
+def test_what_a_file_says_of_its_images_is_looked_at(wrong, tmp_path):
+  right = {"limits": [0, 1.5], "how": {"size": [8, 8], "fit": "pad"}, "classes": ["a", "b"], "dataset": "a/b"}
+  model = random_model()
+  checkpoint.save(tmp_path/"a.safetensors", model, right)
+  assert checkpoint.load(tmp_path/"a.safetensors")[1].items() >= right.items()
+  checkpoint.save(tmp_path/"a.safetensors", model, right | wrong)
+  refused(lambda: checkpoint.load(tmp_path/"a.safetensors"), "a.safetensors", *wrong)
+  if not wrong.keys() & {"limits", "classes"}: return
+  hub.save(tmp_path/"folder", model, right)
+  config = tmp_path/"folder"/"unet"/"config.json"
+  config.write_text(json.dumps(json.loads(config.read_text()) | {f"_{k}": v for k, v in wrong.items()}))
+  refused(lambda: checkpoint.load(tmp_path/"folder"), "config.json", *wrong)
+
 def test_low_precision_is_kept_and_read(tmp_path):
   """float16 as asked for; the weights of a network in bfloat16 as float32 of the same value."""
   model = unet.lower(random_model(), unet.DTYPES["bfloat16"])

@@ -771,6 +771,14 @@ def test_one_class_alone_is_refused(tmp_path):
 
 # *** Table 2 ***
 
+def test_attention_at_a_size_that_no_level_has_is_said(tmp_path, capsys):
+  word = "no self-attention at 16 (--attn): the network's levels are 8, 4 pixels wide\n"
+  for attn, said in (((4, 16), word), ((4,), "")):
+    c = Config(channels=4, channel_mult=(1, 2), norm_groups=2, attn=attn)
+    net = UNet(**train.network(c, (1, 1, 8, 8), 0))
+    objectives.check_data(c, net, data.read(np.zeros((2, 1, 8, 8), np.uint8), "train", None))
+    assert capsys.readouterr().err == said
+
 def test_a_learned_variance_and_labels(tmp_path):
   class Two(Affine):
     def __call__(self, x, t, y): return super().__call__(x, t, y).cat(x * 0 + self.b - 2, dim=1)
