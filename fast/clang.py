@@ -13,7 +13,7 @@ def newest(named:str|None=None) -> str|None:
 
 class Clang(ClangCompiler):
   """tinygrad's compiler with the newest clang, and without its warnings, which no user can act on."""
-  later:set[str]|None = None  # inside of `together`, the sources that are still to be compiled
+  later:dict[str, Clang]|None = None  # inside of `together`: the sources that are still to be compiled, by which
 
   def __init__(self, arch:list[str]):
     self.clang = newest(os.environ.get("CC")) or "clang"
@@ -28,7 +28,7 @@ class Clang(ClangCompiler):
 
   def compile_cached(self, src:str) -> bytes:
     if Clang.later is None or self.cachekey is None: return super().compile_cached(src)
-    if (found := diskcache_get(self.cachekey, src)) is None: Clang.later.add(src)
+    if (found := diskcache_get(self.cachekey, src)) is None: Clang.later[src] = self
     return found or b""
 
   def compile_all(self, sources:list[str]) -> dict[str, bytes]:
@@ -52,8 +52,8 @@ def cc1(*command:str) -> list[str]:
   return words[:words.index("-o")] if "-cc1" in words and "-o" in words else []
 
 @contextlib.contextmanager
-def together() -> Iterator[set[str]]:
-  """Inside of it nothing is compiled that is not in the cache: the set takes these sources, for `compile_all`."""
-  Clang.later = set()
+def together() -> Iterator[dict[str, Clang]]:
+  """Inside of it nothing is compiled that is not in the cache: the dict takes these sources, for `compile_all`."""
+  Clang.later = {}
   try: yield Clang.later
   finally: Clang.later = None

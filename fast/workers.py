@@ -29,7 +29,7 @@ def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
     finally:
       if later: realize.to_program_cache.clear()  # there they are without their code
   if not later: return made
-  libs = tasks[0][1][1].compiler.compile_all(list(later))
+  libs = next(iter(later.values())).compile_all(list(later))
   def program(made:UOp) -> UOp:
     *others, source, binary = made.src
     return made.replace(src=(*others, source, binary.replace(arg=libs.get(source.arg, binary.arg))))
