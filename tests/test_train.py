@@ -769,8 +769,6 @@ def test_one_class_alone_is_refused(tmp_path):
   refused(lambda: fit(tmp_path/"run", labels=None, class_conditional=True), "one class")
   assert not (tmp_path/"run").exists()
 
-# *** Table 2 ***
-
 def test_attention_at_a_size_that_no_level_has_is_said(tmp_path, capsys):
   word = "no self-attention at 16 (--attn): the network's levels are 8, 4 pixels wide\n"
   for attn, said in (((4, 16), word), ((4,), "")):
@@ -778,6 +776,8 @@ def test_attention_at_a_size_that_no_level_has_is_said(tmp_path, capsys):
     net = UNet(**train.network(c, (1, 1, 8, 8), 0))
     objectives.check_data(c, net, data.read(np.zeros((2, 1, 8, 8), np.uint8), "train", None))
     assert capsys.readouterr().err == said
+
+# *** Table 2 ***
 
 def test_a_learned_variance_and_labels(tmp_path):
   class Two(Affine):
