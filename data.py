@@ -32,9 +32,9 @@ def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
     Files are looked for in data_dir, then $DATA_DIR, then the cache ($XDG_CACHE_HOME/ddpm or
     ~/.cache/ddpm). What is nowhere is downloaded into the cache and checked by its SHA-256.
   - A folder or a .zip of images, with all sub-folders. The class is the first sub-folder's name;
-    numbers come in numeric order, other names sorted. Without sub-folders it is what all names have
-    before their first "_". A dataset.json says it otherwise. Transparent pixels become white, an
-    animation gives its first frame, and C is 1 if every image is gray, else 3.
+    numbers come in numeric order, other names sorted. Without sub-folders it is the letters before
+    a "_", as in cat_1.png, if all names begin so. A dataset.json says it otherwise. Transparent
+    pixels become white, an animation gives its first frame; C is 1 if every image is gray, else 3.
   - A .npy or an .npz file (arr_0 and arr_1, images and labels, or x and y), or an array and its
     `labels`. `files.dataset.channels_first` says how the axes are told apart. Floats of any finite
     range are scaled to [-1, 1].

@@ -25,9 +25,9 @@ from files.atomic import write_json
 from sample import check_places, model_flags, open_images, open_model
 
 # *** Eq. 5 ***
-def negative_log_likelihood(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable[[int], Tensor],
-                            clip:bool=True) -> Tensor:
-  """−log p_θ(x_0) from above, Eq. 5: L_T + Σ_{t>1} L_{t-1} + L_0 of each image, (B,) bits/dim.
+def variational_bound(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable[[int], Tensor],
+                      clip:bool=True) -> Tensor:
+  """The variational bound, Eq. 5: L_T + Σ_{t>1} L_{t-1} + L_0 of each image, (B,) bits/dim.
   noise(t) is the ε of x_t. This is the bound as the paper writes it; `bound` estimates it."""
   total = ddpm.prior_kl(x0)                                          # L_T
   for t in range(ddpm.T, 0, -1):                                     # L_{t-1}; at t = 1 L_0
@@ -47,8 +47,8 @@ class Bound(NamedTuple):  # in bits/dim
 def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t:int|None=None,
           batch:int=32, clip:bool=True, labels:np.ndarray|None=None, desc:str="") -> Bound:
   """Eq. 5 for images x0 (n, C, H, W), uint8 or on the 256 levels, with the terms of `times`.
-  labels (n,), if given, become the model's third argument. Noise and times are drawn anew for each
-  image: the scatter of `total` holds theirs. ValueError for answers that are not finite."""
+  labels (n,), if given, become the model's third argument. Each image has its own noise and times,
+  so the standard error of `total` includes both. ValueError for answers that are not finite."""
   x0 = data.levels(x0)
   t, weight = times(ddpm.T, len(x0), seed, samples_t)
   def step(x0:Tensor, t:Tensor, eps:Tensor, *y:Tensor) -> Tensor:
@@ -77,11 +77,10 @@ def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t
   return Bound(total, L_T, t, weight, L, mse_eps, mse_x0)
 
 def times(T:int, n:int, seed:int=0, samples_t:int|None=None) -> tuple[np.ndarray, np.ndarray]:
-  """The terms of Eq. 5 to compute: t (n, m), and how many times each column stands for, (m,).
-  The first column is t = 1, L_0. Of 2..T all are taken, or for each image one draw from each of
-  samples_t strata, which is unbiased. The strata widen with t, as the terms fall."""
-  edges = geometric(T, min(samples_t or T, T - 1)) if T > 1 else np.ones(1, int)
-  width = np.diff(edges)
+  """Terms of Eq. 5 to compute: t (n, m), and the number of terms each column stands for, (m,).
+  The first column is t = 1, L_0. The others are all of 2..T or, for each image, one draw from each
+  of samples_t strata: an unbiased estimate. Strata are wider at larger t, where terms are less."""
+  width = np.diff(edges := geometric(T, min(samples_t or T, T - 1)) if T > 1 else np.ones(1, int))
   u = [stream(seed, "times of the bound", i).random(len(width)) for i in range(n)]
   t = edges[:-1] + 1 + (np.array(u).reshape(n, -1) * width).astype(int)
   return np.insert(t, 0, 1, axis=1), np.insert(width.astype(float), 0, 1)
@@ -103,8 +102,8 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
   """The bound by naive Monte Carlo, Eq. 3: −log [p_θ(x_{0:T}) / q(x_{1:T} | x_0)] on one trajectory
   of each image; and Eq. 5 on the same one ("Rao-Blackwellized", Section 2).
   The means agree: `sampled` sums to eq3 and `kl` to Eq. 5, with L_0 in the first column of both.
-  Each KL varies less than its draw; the sum of all draws may vary less than both, as draws along
-  one trajectory are anticorrelated. x0, labels: see `bound`."""
+  Each KL varies less than its draw. But the sum of the draws may vary less than that of the KLs,
+  because draws along one trajectory are anticorrelated. x0, labels: see `bound`."""
   x0 = data.levels(x0)
   def step(x0:Tensor, x_t:Tensor, t:Tensor, *y:Tensor) -> tuple[Tensor, ...]:
     out = model(x_t, t, *y).contiguous()
@@ -120,21 +119,22 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
       x_t = ddpm.sqrt_alpha[t] * x + ddpm.sqrt_beta[t] * eps         # x_t ~ q(x_t | x_{t-1})
       mean, var, L = (v.numpy() for v in ask(*tensors(start, x_t, np.full(len(i), t), y)))
       mean_q = ddpm.mu_x0[t] * start + ddpm.mu_xt[t] * x_t           # Eq. 7
-      log_p = -L if t == 1 else log_normal(x, mean, var)             # L_0 is −log p_θ(x_0 | x_1)
-      log_q = 0.0 if t == 1 else log_normal(x, mean_q, ddpm.beta_tilde[t])
-      eq3 += log_normal(x_t, ddpm.sqrt_alpha[t] * x, ddpm.beta[t]) - log_p
+      log_p = -L if t == 1 else log_density(x, mean, var)             # L_0 is −log p_θ(x_0 | x_1)
+      log_q = 0.0 if t == 1 else log_density(x, mean_q, ddpm.beta_tilde[t])
+      eq3 += log_density(x_t, ddpm.sqrt_alpha[t] * x, ddpm.beta[t]) - log_p
       sampled.append(log_q - log_p)
       kl.append(L)
       x = x_t
       tick(1)
     a = ddpm.alpha_bar[-1]
-    sampled.append(log_normal(x, math.sqrt(a) * start, 1 - a) - log_normal(x, 0, 1))
+    sampled.append(log_density(x, math.sqrt(a) * start, 1 - a) - log_density(x, 0, 1))
     kl.append(ddpm.prior_kl(*tensors(start)).numpy())
-    return np.stack([eq3 - log_normal(x, 0, 1), *sampled, *kl])      # −log p(x_T) − Σ log p_θ/q
+    return np.stack([eq3 - log_density(x, 0, 1), *sampled, *kl])      # −log p(x_T) − Σ log p_θ/q
   eq3, *terms = in_batches(walk, len(x0), batch, desc, ddpm.T)
   return Trajectories(eq3, *np.array(terms).reshape(2, -1, len(x0)).swapaxes(1, 2))
 
-def log_normal(x:np.ndarray, mean:np.ndarray|float, var:np.ndarray|float) -> np.ndarray:  # (B,)
+def log_density(x:np.ndarray, mean:np.ndarray|float, var:np.ndarray|float) -> np.ndarray:
+  """log N(x; mean, var I) in bits/dim, (B,)."""
   nats = -(np.square(x - mean) / var + np.log(2 * np.pi * var)) / 2
   return nats.reshape(len(x), -1).mean(1, dtype=np.float64) / math.log(2)
 
@@ -146,7 +146,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--split", default="test", choices=("train", "test"))
   add("--data-dir", help="where the dataset's files are")
   add("--n", type=number(int, 1), help="images, drawn from the split (256, or all if fewer)")
-  add("--samples-t", type=number(int, 0), metavar="M", help="random terms per image; 0: all")
+  add("--samples-t", type=number(int, 0), metavar="M", help="random terms per image (20); 0: all")
   add("--labels", action="store_true", help="give the model each image's class instead of none")
   add("--no-clip", action="store_true", help="do not clip x̂_0 to [-1, 1]")
   add("--json", metavar="FILE", help="all numbers")
@@ -158,7 +158,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   a = p.parse_args(argv)
   if (a.lenet or a.nearest) and not a.samples: p.error("--lenet, --nearest: add --samples FILE.npz")
   if a.ode_levels and not a.ode: p.error("--ode-levels: add --ode STEPS")
-  unused = [k for k in ("labels", "no_clip", "naive", "against", "ode", "samples_t") if vars(a)[k]]
+  unused = [k for k in "labels no_clip naive against ode samples_t raw".split() if vars(a)[k]]
   if a.samples and unused: p.error(f"--samples: leave out --{unused[0].replace('_', '-')}")
   check_places(a.json, a.nearest and quality.beside(a.samples))
   keep([a.samples], a.json)

@@ -36,12 +36,12 @@ def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of
   return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, y, "bound")
 
 def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
-  """Section 4.3, Figure 5, from `bound`: (t, rate, distortion), the reverse process from its start.
-  rate: bits/dim spent until x_t is known, L_T and the terms of all later times; distortion: the
-  RMSE of x̂_0(x_t) on the scale 0..255. With strata a row averages over one."""
+  """Section 4.3, Figure 5: rows (t, rate, distortion) of `bound`, from t = T down. rate: bits/dim
+  received once x_t is known, L_T and the terms of all later times. distortion: the RMSE of x̂_0,
+  estimated from x_t, on the scale 0..255. Of strata, a row is one stratum's average."""
   spent = np.zeros(T + 2)                                  # the average image's term of each time
   np.add.at(spent, b.t, b.L * b.weight / len(b.t))
-  later = b.L_T.mean() + np.array([spent[t + 1:].sum() for t in range(T + 1)])
+  later = b.L_T.mean() + spent[:0:-1].cumsum()[::-1]       # at t: L_T and all terms beyond t
   return np.stack([b.t.mean(0), later[b.t].mean(0), 127.5 * np.sqrt(b.mse_x0.mean(0))], 1)[::-1]
 
 def figure_5(a:argparse.Namespace):
@@ -72,7 +72,7 @@ def figure_6(a:argparse.Namespace):
   out = m.draw(sample.draw_x_T(m.n, m.shape, a.seed).numpy(), m.labels, m.times, keep=seen)
   m.save(a, np.stack([out[t][1] for t in sorted(seen, reverse=True)], 1), len(seen))
 def figure_7(a:argparse.Namespace):
-  """Figure 7: --k images from one x_t, for t near T, 3T/4, T/2 and T/4. A row: x_t, its images."""
+  """Figure 7: --k images from one x_t, for t near T, 3T/4, T/2, T/4. A row: x_t and its images."""
   m, k = Model(a, 1), a.k or 7
   near = [min(m.times[:-1], key=lambda t: abs(t - m.ddpm.T * q / 4)) for q in (4, 3, 2, 1)]
   levels, x_T = sorted(set(near), reverse=True), sample.draw_x_T(m.n, m.shape, a.seed).numpy()
@@ -87,8 +87,8 @@ def figure_7(a:argparse.Namespace):
 
 def figure_8(a:argparse.Namespace):
   """Figure 8: x_t, x'_t ~ q(x_t | x_0) of two images at t = --at, mixed and decoded. A row: x_0,
-  λ = 0, 0.1 .. 1, x'_0. One noise makes x_t for all λ, and one is that of the decoding. (Section
-  4.3's text mixes x_0 where x_t is meant.) --ddim is not in the paper: DDIM's x_T of both."""
+  λ = 0, 0.1 .. 1, x'_0. In a row all λ share the noise of x_t and x'_t, and that of the decoding.
+  (Section 4.4 prints x_0, x'_0 for x_t, x'_t.) --ddim: with DDIM's x_T, not in the paper."""
   m = Model(a, 4)
   at = a.at or (m.ddpm.T if a.ddim else 500)
   if at > m.ddpm.T: raise ValueError(f"--at {at}: choose 1 to T = {m.ddpm.T}")
@@ -111,9 +111,8 @@ def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test i
   return x[rng.choice(len(x), min(2 * m.n, len(x) // 2 * 2), replace=False)]
 
 def table_2(a:argparse.Namespace):
-  """Table 2 in miniature: what is predicted, with which loss and variance, in bits/dim."""
-  name = a.dataset or "glyphs"
-  steps = ["--steps", str(a.steps)] if a.steps else []
+  """Table 2's rows on a small budget, in bits/dim (the paper's columns are IS and FID)."""
+  name, steps = a.dataset or "glyphs", ["--steps", str(a.steps)] if a.steps else []
   rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
   for predict, (loss, sigma) in rows:
     out = f"runs/table2/{name}-{predict}-{loss}-{sigma}"
@@ -142,9 +141,10 @@ def main(argv:list[str]|None=None):
   for flag, which in (("k", "7"), ("at", "8"), ("ddim", "8"), ("images", "8")):
     if vars(a)[flag] and a.which != which: raise ValueError(f"--{flag} is for figure {which}")
   if a.images and (a.n or a.dataset): raise ValueError("--images: leave out --n and --dataset")
-  editing.keep(a.images or (), a.out)
-  sample.check_places(a.out)
+  places = [a.out] + [str(Path(a.out).with_suffix(".csv"))] * (a.which == "5")
+  editing.keep(a.images or (), *places)
+  sample.check_places(*places)
   FIGURES[a.which](a)
-  if a.which.isdigit(): print(f"wrote {a.out}", file=sys.stderr)
+  if a.which.isdigit(): print("wrote " + ", ".join(places), file=sys.stderr)
 
 if __name__ == "__main__": run(main)

@@ -3,8 +3,8 @@
   python sample.py                                    # 16 images of the newest run into samples.png
   python sample.py --sampler ddim --steps 50 --n 64   # in a twentieth of the time
 
-SAMPLERS[name](ddpm, model, x_T, steps, seed=0, ...) is an iterator over (t, x_t, x̂_0): the time at
-which a step arrived, the image there, and the x_0 that the model saw. The last step is at 0."""
+SAMPLERS[name](ddpm, model, x_T, steps, seed=0, ...) yields (t, x_t, x̂_0) after each step: the time
+that it reached, the image there, and the model's estimate of x_0. The last t is 0."""
 from __future__ import annotations
 import argparse, functools, inspect, math, os, sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from unet import DTYPES, UNet, lower
 Visits = Iterator[tuple[int, Tensor, Tensor]]
 
 def timesteps(T:int, steps:int) -> list[int]:
-  """[T, ..., 0]: the times of `steps` even steps (DDIM, Appendix D.2). ValueError unless 1..T."""
+  """[T, ..., 0]: `steps` evenly spaced steps (DDIM, Appendix D.2). ValueError unless 1..T."""
   if not 1 <= steps <= T: raise ValueError(f"steps must be from 1 to T = {T}, not {steps}")
   return [round(T * i / steps) for i in range(steps, -1, -1)]
 
@@ -78,7 +78,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
       for move in made:
         z = normals(rngs, x_t.shape[1:]) if noisy else x0_hat  # 3: z ~ N(0, I), unused at t = 1
         x_t, x0_hat = step[move](x_t, t, z)        # 4: xₜ₋₁ = 1/√αₜ (xₜ − βₜ/√(1−ᾱₜ) ε_θ) + σₜ z
-      if t == 1: x_t = x0_hat
+      if t == 1: x_t = x0_hat                      # x_0 = μ_θ(x_1, 1), without noise: Section 3.3
       yield int(chain.times[t - 1]), x_t, x0_hat   # 5: end for
   return loop(start)                               # 6: return x_0
 
@@ -112,13 +112,11 @@ def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
 
 def open_images(a:argparse.Namespace, split:str, path:str, net:UNet,
                 meta:dict) -> tuple[str, data.Dataset]:
-  """The name and the images of --dataset, or of what the model was trained on, read as then.
+  """The name and the images of --dataset, or of what the model was trained on, read as those were.
   ValueError unless they fit the network."""
-  name, own, shape = a.dataset or meta.get("dataset"), meta.get("dataset") or "", image_shape(net)
+  name, shape = a.dataset or meta.get("dataset"), image_shape(net)
   if not name: raise ValueError(f"{path} does not name its images: say which by --dataset")
-  how:dict = {} if name in data.DATASETS else {"size": shape[1:]}
-  if os.path.normpath(name) == os.path.normpath(own): how = meta.get("how", how)
-  found = data.read(name, split, a.data_dir, **how)
+  found = editing.read_set(name, split, a.data_dir, shape[1:], meta)
   if found.images.shape[1:] == shape: return name, found
   raise ValueError(f"the images of {name} are {found.images.shape[1:]}, those of {path} {shape}")
 
@@ -171,8 +169,10 @@ def check_places(*paths:str|None):
 
 def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> np.ndarray:
   """The label of each image to draw. ValueError for a class that the model does not have."""
-  if not classes and (a.classes or a.label is not None or a.guidance is not None):
+  asked = a.classes or a.label is not None
+  if not classes and (asked or a.guidance is not None):
     raise ValueError(f"{path} is trained without classes")
+  if asked and a.guidance == 0: raise ValueError("--guidance 0 draws without a class: leave it out")
   if a.classes: return np.arange(classes, dtype=np.int32).repeat(a.n or 8)
   if a.label is None and editing.asked(a): return np.full(a.n, classes, np.int32)
   if a.label is None: return all_equally(a.first + (a.n or 16), classes, a.seed)[a.first:]
@@ -207,7 +207,7 @@ def main(argv:list[str]|None=None):
   facts = {k: v for k, v in vars(a).items() if k not in ("checkpoint", "batch", "out", "npz")}
   place = parts.place(a.npz or a.png or a.out, net, meta, labels, size, facts)
   if hosts.rank() == 0: parts.check(place, a.png, range(a.first, a.first + n))
-  with claim(place), parts.kept(place, hosts.rank() == 0):
+  with claim(place), parts.kept(place, a.png, hosts.rank() == 0):
     starts = range(0, n, size)
     hosts.same(missing := parts.missing(place, starts))
     for start in np.array(starts)[missing][hosts.rank()::hosts.size()]:

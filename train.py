@@ -26,7 +26,8 @@ def flag(default:Any, about:str, low:float=0, high:float=1e9, choices:tuple|None
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything that can be set; a field is a flag. The defaults are the paper's, for CIFAR-10."""
+  """Everything that can be set; each field is a flag. What the paper sets is set as for CIFAR-10,
+  but for flip: see PRESETS."""
   # the run
   dataset:str|None = flag("glyphs", "glyphs, mnist, fashion_mnist, cifar10 or folder, .zip, .npy")
   data_dir:str|None = flag(None, "where the dataset's files are; else $DATA_DIR, else downloaded")
@@ -47,14 +48,14 @@ class Config:
   T:int = flag(1000, "steps of the diffusion", 1, 100_000)
   schedule:str|tuple = flag("linear", "of betas; linear: the paper's", choices=CHOICES["schedule"])
   beta_1:float = flag(1e-4, "the first beta (not for cosine)", 1e-12, 1)
-  beta_T:float = flag(0.02, "the last beta (not for cosine; for geometric each step's share)", 0, 1)
+  beta_T:float = flag(0.02, "the last beta (not for cosine; geometric: 1 − SNR_t/SNR_{t-1})", 0, 1)
   sigma:str = flag("beta", "variance of p, Section 3.2, Table 2", choices=CHOICES["sigma"])
-  predict:str = flag("eps", "what the network predicts, Table 2", choices=CHOICES["predict"])
+  predict:str = flag("eps", "what the network predicts, Section 3.2", choices=CHOICES["predict"])
   loss:str = flag("simple", "L_simple or the variational bound, Table 2", choices=("simple", "vlb"))
   batch:int = flag(128, "images per step", 1, 2**20)
   lr:float = flag(2e-4, "Adam's learning rate", 1e-12, 10)
   ema:float = flag(0.9999, "decay of the averaged weights", 0, 1 - 1e-9)
-  flip:bool = flag(False, "mirror images left to right at random (Appendix B: for CIFAR-10)")
+  flip:bool = flag(False, "mirror images left to right at random (Appendix B: not for bedrooms)")
   channels:int = flag(128, "of the first level", 1, 2**14)
   channel_mult:tuple = flag((1, 2, 2, 2), "their factor at each level, such as 1,2,2")
   num_res_blocks:int = flag(2, "residual blocks at each level", 1, 100)
@@ -68,14 +69,14 @@ class Config:
   dtype:str = flag("float32", "of activations and products", choices=tuple(DTYPES))
   tf32:bool = flag(False, "NVIDIA: products of float32 in TF32, on tensor cores")
   anneal:int = flag(0, "steps over which the learning rate falls to 0 in a line; 0: it does not")
-  times:str = flag("uniform", "t even, or as L_vlb weights it", choices=("uniform", "weighted"))
+  times:str = flag("uniform", "how t is drawn; weighted: as L_vlb", choices=("uniform", "weighted"))
   min_snr:float = flag(0.0, "weight the error by min(SNR, GAMMA)/SNR; 0: no", 0, 1e30)
-  clip_x0:bool = flag(False, "no error where clipping x̂_0 mends it, for densities")
+  clip_x0:bool = flag(False, "no error where the clipped x̂_0 is exactly x_0: for likelihood")
   class_conditional:bool = flag(False, "train with labels")
-  drop_labels:float = flag(0.1, "how often such a network is shown no label", 0, 1)
+  drop_labels:float = flag(0.1, "probability that an image's label is not shown", 0, 1)
 
-# What differs by dataset. Up to 28x28 it takes some minutes on two cores: little of the work is at
-# the full resolution; labels; less weight for the finest detail; a rate that falls to 0.
+# Defaults by dataset. Images up to 28x28 train in minutes on two cores: the first level is narrow,
+# the network is told labels, min-SNR gives small t less weight, and the learning rate falls to 0.
 PRESETS:dict[str, dict] = {"cifar10": dict(flip=True)}
 PRESETS["mnist"] = dict(
   steps=6000, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
@@ -110,7 +111,7 @@ def make_loss(ddpm:DDPM, c:Config) -> Callable[..., Tensor]:
   """loss(model, x, t, ε, y[, seeds of the dropout]) of each example, (B,): line 5, Eq. 14."""
   weights = objectives.time_weights(ddpm, c)
   def loss(model:Callable, x:Tensor, t:Tensor, eps:Tensor, y:Tensor, *seeds:Tensor) -> Tensor:
-    x0 = x if dtypes.is_float(x.dtype) else x.cast(dtypes.float32) / 127.5 - 1
+    x0 = x if dtypes.is_float(x.dtype) else x.cast(dtypes.float32) / 127.5 - 1  # Section 3.3
     x_t = ddpm.q_sample(x0, t, eps)                           # √ᾱₜ x₀ + √(1−ᾱₜ) ε
     given = (y,) if c.class_conditional else ()
     dropout = {"seed": seeds[0]} if seeds and c.dropout and isinstance(model, UNet) else {}
@@ -125,13 +126,13 @@ def rates(c:Config, n:int) -> list[float]:
   """Learning rate, Adam's two corrections and the decay of the average at step n (from 1)."""
   lr = c.lr * min(1, n / max(c.warmup, 1))                    # the authors' code
   if c.anneal: lr *= max(0, 1 - (n-1) / c.anneal)             # not in the paper
-  decay = min(c.ema, (1+n) / (10+n))  # not in the paper: a young average forgets where it began
+  decay = min(c.ema, (1+n) / (10+n))  # not in the paper: the initial weights fade sooner
   return [lr, 1 - BETA1**n, 1 - BETA2**n, decay]
 
-BETA1, BETA2 = 0.9, 0.999  # Adam's
+BETA1, BETA2 = 0.9, 0.999  # Adam's β₁ and β₂, not the schedule's
 
 def make_update(state:State, c:Config) -> Callable[[Tensor], Tensor]:
-  """update(rates) takes the gradient step of Algorithm 1, line 5, and returns ‖∇θ‖."""
+  """update(rates) takes the gradient step of Algorithm 1, line 5, and returns ‖∇_θ L‖."""
   grad, m, v, w, e = [state.flat[k] for k in ("grad", "m", "v", "raw", "ema")]
   def update(rates:Tensor) -> Tensor:
     lr, correct1, correct2, decay = [rates[i] for i in range(4)]
@@ -148,8 +149,8 @@ def make_update(state:State, c:Config) -> Callable[[Tensor], Tensor]:
 
 # *** a run ***
 def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Path:
-  """Algorithm 1: trains a network on images and returns the run's folder. Called again, it goes on.
-  Ctrl-C ends it after a step, whose state is saved, by KeyboardInterrupt; SIGTERM by SystemExit.
+  """Algorithm 1: trains a network on images and returns the run's folder. Called again, it resumes.
+  On Ctrl-C or SIGTERM it ends the step, saves, and raises KeyboardInterrupt or SystemExit.
 
   images: what `data.read` takes: a name, a path, or an array (N, C, H, W) with its labels (N,).
   model: any object with tensors as attributes, called as model(x_t, t), or as model(x_t, t, y) with
@@ -180,10 +181,10 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
     with folder.Record(c, state, loss, held_out, show, about, fixed, begun, smooth) as record:
       for n in range(begun + 1, c.steps + 1):                            # 1: repeat
         batch = draw(c, found.images, found.labels, null, n, chances)    # 2-4: x₀, t, ε
-        each = state.gradient(loss, batch, c.accum)                      # 5: ∇θ ‖ε − ε_θ(xₜ, t)‖²
-        rate = np.array(rates(c, n), np.float32)
-        norm = float(update(placed(rate, state.device)).numpy())
-        if record.step(n, batch.t, each, norm, rates(c, n)[0]): break    # 6: until converged
+        each = state.gradient(loss, batch, c.accum)                      # 5: ∇_θ ‖ε − ε_θ(xₜ, t)‖²
+        rate = rates(c, n)                                               #    and a step against it
+        norm = float(update(placed(np.array(rate, np.float32), state.device)).numpy())
+        if record.step(n, batch.t, each, norm, rate[0]): break           # 6: until converged
   return out
 
 DIFFUSION = ("T", "beta_1", "beta_T", "schedule", "sigma", "predict")  # the arguments of DDPM
@@ -191,7 +192,7 @@ NETWORK = {"attn": "attn_resolutions"} | {k: k for k in (              # and som
   "channels", "channel_mult", "num_res_blocks", "dropout", "norm_groups")}
 
 def network(c:Config, shape:tuple[int, ...], classes:int) -> dict:
-  """The arguments of `UNet` for images of a shape (N, C, H, W); what c does not say is --init's."""
+  """The arguments of `UNet` for images of a shape (N, C, H, W). What c does not set is --init's."""
   _, C, H, W = shape
   more = {}
   if c.init: more = checkpoint.load(folder.origin(c.out, c.init, c.restart))[1]["unet"]
@@ -209,8 +210,8 @@ def description(c:Config, net:Any, found:data.Dataset, classes:list[str]) -> dic
 
 def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],
               classes:int) -> Callable[[int], None]:
-  """show(step) draws 36 images from the same x_T each time: by DDIM in 50 steps, a 20th of
-  Algorithm 2's time, with the averaged weights."""
+  """show(step) draws 36 images with the averaged weights, from the same x_T each time, by DDIM in
+  50 steps: a twentieth of the paper's 1000."""
   x_T, jits = sample.draw_x_T(36, shape, c.seed), dict[tuple, Callable]()
   y = Tensor(np.arange(36, dtype=np.int32) % max(1, classes)).realize()  # each class in turn
   def model(x:Tensor, t:Tensor) -> Tensor: return state.average(x, t, *[y] * bool(classes))
@@ -225,7 +226,7 @@ def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],
 # *** the command ***
 def arguments(argv:list[str]|None=None) -> Config:
   """The command line, filled up from --init's checkpoint and from the dataset's preset."""
-  p = parser("train.py", "Train a DDPM (Algorithm 1). Run again to go on. Defaults: the dataset's "
+  p = parser("train.py", "Train a DDPM (Algorithm 1). Run again to resume. Defaults: the dataset's "
              "preset, else the paper's (in brackets).", argument_default=argparse.SUPPRESS)
   for f in dataclasses.fields(Config): field_flag(p, f.name, str(f.type), f.default, **f.metadata)
   given = vars(p.parse_args(argv))

@@ -13,15 +13,16 @@ Rng = np.random.Generator
 class UNet:
   """ε_θ(x_t, t), Appendix B: x_t (B,C,H,W), t (B,) int32 in 1..T -> as x_t. Defaults: CIFAR-10's.
 
-  channels, channel_mult: of the first level, and each level's multiple; each level halves the image
-  num_res_blocks: of a level on the way down, one more on the way up; norm_groups: of GroupNorm
-  attn_resolutions: self-attention follows the residual blocks where max(height, width) is in these
-  dropout: its probability; image_size: one int, or (height, width); seed: of the initial weights
+  channels, channel_mult: level i has channels · channel_mult[i] channels, at 1/2^i of the size
+  num_res_blocks: per level on the way down; one more on the way up. norm_groups: of GroupNorm
+  attn_resolutions: levels whose larger side is one of these have self-attention after each ResBlock
+  dropout: a probability. image_size: one int, or (height, width). seed: of the initial weights
   num_classes (not in the paper): labels y (B,) are 0..num_classes, the last is "no class"; 0: none
   out_channels (not in the paper): of the output, if not in_channels, as for a learned variance
   head_channels (not in the paper): of each head of self-attention; 0: a single head
   norm_eps (not in the paper): what GroupNorm adds to a variance
-  down_pad (not in the paper): 1: an image that is halved gets zeros on all sides, not on two alone
+  down_pad (not in the paper): where a convolution of stride 2 pads with zeros: 0: right and bottom
+    (the authors'); 1: left and top (what PyTorch's padding=1 amounts to for even sizes)
   freq_shift (not in the paper): frequencies 10000^(−i/(half − freq_shift)); the authors' is 1
   ValueError for sizes that do not fit each other."""
   def __init__(self, in_channels:int=3, channels:int=128, channel_mult:tuple[int, ...]=(1, 2, 2, 2),
@@ -29,11 +30,7 @@ class UNet:
                image_size:int|tuple[int, int]=32, norm_groups:int=32, num_classes:int=0, seed:int=0,
                out_channels:int|None=None, head_channels:int=0, norm_eps:float=1e-6, down_pad:int=0,
                freq_shift:float=1):
-    self.config:dict = dict(
-      in_channels=in_channels, channels=channels, channel_mult=channel_mult, image_size=image_size,
-      num_res_blocks=num_res_blocks, attn_resolutions=attn_resolutions, dropout=dropout, seed=seed,
-      norm_groups=norm_groups, num_classes=num_classes, out_channels=out_channels,
-      head_channels=head_channels, norm_eps=norm_eps, down_pad=down_pad, freq_shift=freq_shift)
+    self.config = {k: v for k, v in dict(locals()).items() if k != "self"}  # all of the arguments
     check(self.config)
     rng, emb, self.dtype = np.random.default_rng([seed, *b"weights"]), 4*channels, dtypes.float32
     norm = functools.partial(GroupNorm, groups=norm_groups, eps=norm_eps)

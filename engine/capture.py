@@ -14,8 +14,8 @@ except ImportError:
 
 def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
   """step(*tensors) -> tensors, as one TinyJit that its first call captures. Each later call writes its outputs over
-  those of the call before. A step that reads a tensor's values on the host, as a model in numpy does, cannot be
-  captured: it runs as it is.
+  those of the call before. A step that cannot be captured, because it reads a tensor's values on the host, as a model
+  in numpy does, or is given one tensor twice, runs as it is.
 
   kept: a dict that keeps the captured step for the next caller with the same key. The key names all that makes it
   another step: what it does, its options, the id of each object that it uses. The dict also keeps these objects alive,
@@ -44,6 +44,8 @@ def copied(v:Tensor, device:str) -> Tensor:
   source = v.uop.base.realized if v.uop.has_buffer_identity() else None
   if not isinstance(source, Buffer): return v.clone(device).realize()
   made = Buffer(device, source.size, source.dtype).allocate().copy_from(source)
+  # CUDA and OpenCL keep the host's side of each copy until it is waited for
+  if len(getattr(Device[device], "pending_copyin", ())) > 64: Device[device].synchronize()
   return Tensor(UOp.from_buffer(made, device)).reshape(v.shape)
 
 def inside(flat:Tensor, device:str, start:int, shape:tuple[int, ...]) -> Tensor:

@@ -5,6 +5,8 @@ from typing import Any
 from tinygrad import Device
 from tinygrad.helpers import ALLOW_TF32, DEV
 
+GIVEN = ALLOW_TF32.value  # $ALLOW_TF32
+
 def find_compiler() -> str|None:
   """The C compiler for tinygrad's CPU device: $CC, else the newest clang. Sets $CC, which tinygrad reads, to it."""
   named = os.environ.get("CC")
@@ -33,7 +35,8 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
     with contextlib.suppress(ImportError):
       from fast import threads
       threads.install()
-  if tf32: os.environ["ALLOW_TF32"], ALLOW_TF32.value = "1", 1
+  ALLOW_TF32.value = int(tf32 or GIVEN)
+  os.environ["ALLOW_TF32"] = str(ALLOW_TF32.value)
   asked, compiler = os.environ.get("DEV", ""), find_compiler()
   # no user can act on the warnings of a kernel's compiler: clang, also inside of PoCL
   os.environ.setdefault("CCC_OVERRIDE_OPTIONS", "#+-w")

@@ -124,6 +124,9 @@ def begin(c, state:State, fixed:dict) -> tuple[int, float]:
     if fixed["network"]: network = {k: p.default for k, p in inspect.signature(type(state.model)).parameters.items()}
     defaults = dataclasses.asdict(type(c)()) | {"network": json.loads(json.dumps(network, default=str)), "processes": 1}
     return resume(last, state, fixed, defaults, ("processes", *(CHANGEABLE if c.change else ())))
+  if (out/"ema.safetensors").exists() and not c.restart:
+    raise ValueError(f"{out} has weights but no last.safetensors, from which a run goes on: use another --out, or "
+                     "--restart to write over them")
   cut(out/"log.jsonl", 0)
   if c.init:
     path = checkpoint.find(c.init)

@@ -46,6 +46,7 @@ class State:
   def put(self, arrays:dict[str, np.ndarray]):
     """Takes what `arrays` gave."""
     ends = list(itertools.accumulate(map(math.prod, self.shapes.values())))
+    self.jits.clear()  # they know the buffers of before
     self.flat = {"grad": placed(self.pack([]), self.device)}
     for key in ("raw", "ema"):
       self.flat[key] = placed(self.pack([arrays[f"{key}.{k}"] for k in self.shapes]), self.device)

@@ -1,6 +1,6 @@
 """A program at the terminal: numbers of its command line, and how it ends."""
 from __future__ import annotations
-import argparse, contextlib, math, signal, sys, threading
+import argparse, contextlib, math, signal, sqlite3, sys, threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def run(main:Callable[[], None]):
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a shell's background
     before = {s: signal.signal(s, insist) for s in (signal.SIGINT, signal.SIGALRM)}
   try: main()
-  except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as e:
+  except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError, sqlite3.Error) as e:
     signal.setitimer(signal.ITIMER_REAL, 0)
     if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):  # or what a lock made of it
       if not e.args: print(f"\n{program}: stopped", file=sys.stderr)  # else it was said

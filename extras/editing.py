@@ -58,7 +58,7 @@ def ddim_encode(ddpm:DDPM, model:Callable, x0:Tensor, times:Sequence[int], round
   def network(x:Tensor, t:Tensor) -> Tensor: return model(x, told.to(x.device)[t])
   def step(x_t:Tensor, before:Tensor, t:Tensor) -> tuple[Tensor]:
     eps = denoise(chain, network, x_t, t, False)[1]
-    start = before - chain.at(chain.sqrt_noise, t - 1, x_t) * eps
+    start = before - chain.at(chain.noise_std, t - 1, x_t) * eps
     return (at_time(chain, start / chain.at(chain.sqrt_alpha_bar, t - 1, x_t), eps, t),)
   up = captured(step, jits, ("encode", ddpm, id(model), tuple(times), x0.shape, x0.device))
   x_t = x0.float()
@@ -97,6 +97,15 @@ def read(paths:Sequence[str], shape:tuple[int, ...], how:dict|None=None) -> np.n
 
   What this changes is said on stderr. ValueError for a file that is no image."""
   return np.stack([read_one(path, shape, how or {})[0] for path in paths])
+
+def read_set(name:str, split:str, data_dir:str|None, size:tuple[int, ...], meta:dict) -> data.Dataset:
+  """A dataset, read as the set of a model was, or in the height and width `size` if it then has others. meta: what the
+  model's checkpoint says of itself."""
+  how = meta.get("how", {}) if name not in data.DATASETS or name == meta.get("dataset") else {}
+  if name.lower().endswith((".npy", ".npz")): how = how | {"mode": None}
+  found = data.read(name, split, data_dir, **how)
+  if found.images.shape[2:] == size or name in data.DATASETS: return found
+  return data.read(name, split, data_dir, **how | {"size": size})
 
 def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tuple[int, int]]:
   """One image, and the height and width that its file has."""

@@ -11,8 +11,8 @@ def guided(model:Callable[[Tensor, Tensor, Tensor], Tensor], y:Tensor, w:float, 
   w = 1 is the plain conditional model, 0 the unconditional one, more than 1 guides (the paper's w is one less). What
   the network predicts, ε, x_0, μ or v, is linear in ε for one x_t, so the formula holds for each; a learned log σ²
   is mixed as well."""
-  nulls = y.full_like(null).contiguous().realize()
   if w == 1: return lambda x, t: model(x, t, y)
+  nulls = y.full_like(null).contiguous().realize()
   if w == 0: return lambda x, t: model(x, t, nulls)
   def both(x:Tensor, t:Tensor) -> Tensor:
     labelled, free = model(x.cat(x), t.cat(t), y.cat(nulls)).chunk(2)

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 from tinygrad import Context, Device, Tensor, nn
 import data
+from engine import hosts
 from engine.batches import in_batches
 from engine.capture import captured, placed
 from engine.streams import stream
@@ -117,26 +118,25 @@ def nearest(a:np.ndarray, b:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     index[nearer], least[nearer] = start + found[nearer], far.min(1)[nearer]
   return index, np.sqrt(np.square(a - flat(b[index])).mean(1))
 
-def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray, k:int, path:str) -> dict:
-  """--nearest at the terminal: the distances of samples to the nearest training image, and those of as many images
-  that were not trained on. And a picture: the k samples that are nearest of all, with the training image that is
-  nearest in pixels and, where there are classes, in LeNet's features; below, the distribution of both distances."""
+def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray|None, k:int, path:str) -> dict:
+  """--nearest at the terminal: the distances of samples to the nearest training image, and those of test images, if
+  there are some that were not trained on. And a picture: the k samples that are nearest of all, with the training image
+  that is nearest in pixels and, where there are classes, in LeNet's features; below, how the distances spread."""
   index, distance = nearest(samples, known.images)
-  tests = tests[:len(samples)]
-  others = nearest(tests, known.images)[1]
   closest = distance.argsort(kind="stable")[:k]
   rows, names = [samples[closest], known.images[index[closest]]], ["sample", "pixels"]
   if len(known.classes) > 1:
     net = trained(known, 0)
     names.append("LeNet")
     rows.append(known.images[nearest(answers(net, samples[closest])[0], answers(net, known.images)[0])[0]])
-  sets = {"samples": np.sort(distance), "test images": np.sort(others)}
+  sets = {"samples": np.sort(distance)}
+  if tests is not None: sets["test images"] = np.sort(nearest(tests, known.images)[1])
   for name, v in sets.items():
     about = f"of 255, the median; 1% below {np.quantile(v, 0.01):.2f}, the least {v[0]:.2f}, of {len(v)}"
     table(**{f"nearest training image, {name}": (np.median(v), about)})
   shares = {name: (v, np.arange(1, len(v) + 1) / len(v)) for name, v in sets.items()}
   top = pictures.grid(np.concatenate(rows), len(closest), row_names=names)
   below = pictures.plot(shares, "Nearest training image", "distance (RMS, of 255)", "share of images within it")
-  pictures.save_png(path, pictures.joined([top, below], down=True))
+  if not hosts.rank(): pictures.save_png(path, pictures.joined([top, below], down=True))
   print(f"wrote {path}", file=sys.stderr)
   return {name: v.tolist() for name, v in sets.items()}

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import data
+from engine import hosts
 from engine.batches import choose, mean_error
 from engine.device import open_device
 from engine.streams import stream
 from engine.terminal import number, table
 from extras import lenet
+from extras.editing import read_set
 from files import checkpoint
 from files.atomic import write_json
 from files.pictures import picture
@@ -59,18 +61,17 @@ def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int
 def compare_samples(a:argparse.Namespace):
   """--samples at the terminal: their distance to the images, and that of as many training images; --lenet, --nearest.
 
-  a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint, read as for training.
+  a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint. With one, --checkpoint
+  says how they are read.
   ValueError for samples that are no such images, and for LeNets without classes to learn."""
   made, meta = data.read(a.samples), {}
   say(a.samples, made)
+  if a.checkpoint or a.lenet or a.nearest or not a.dataset: hosts.take_device(open_device(a.tf32))
   if (a.n or 0) > len(made.images): raise ValueError(f"--n {a.n}: {a.samples} has {len(made.images)}")
-  if not a.dataset:
-    open_device(a.tf32)
-    meta = checkpoint.load(checkpoint.find(a.checkpoint))[1]
+  if a.checkpoint or not a.dataset: meta = checkpoint.load(checkpoint.find(a.checkpoint))[1]
   if not (name := a.dataset or meta.get("dataset")):
     raise ValueError("the checkpoint does not name its images: say which by --dataset")
-  how = meta.get("how", {} if name in data.DATASETS else {"size": made.images.shape[2:]})
-  found, known = (data.read(name, split, a.data_dir, **how) for split in (a.split, "train"))
+  found, known = (read_set(name, split, a.data_dir, made.images.shape[2:], meta) for split in (a.split, "train"))
   say(name, found, a.split)
   samples, images, real = values(made)[:a.n], values(found), values(known)
   if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
@@ -88,16 +89,19 @@ def compare_samples(a:argparse.Namespace):
         of_as_many_training_images=(result["sliced_wasserstein_of_training_images"],))
   if a.lenet: result["lenet"] = lenet.report_lenet(samples, real, images, known, a.split)
   if a.nearest:
-    result["nearest"] = lenet.report_nearest(samples, known, images, a.nearest, beside(a.samples))
-  if a.json: write_json(a.json, result)
+    apart = images[choose(len(images), len(samples), a.seed, "evaluated images")]
+    if a.split == "train" or not found.heldout: apart = None
+    result["nearest"] = lenet.report_nearest(samples, known, apart, a.nearest, beside(a.samples))
+  if a.json and not hosts.rank(): write_json(a.json, result)
 
 def beside(samples:str) -> str:
   """Where the picture of --nearest goes."""
   return str(Path(samples).with_suffix(".nearest.png"))
 
 def say(name:str, found:data.Dataset, split:str="train"):
-  """Says on stderr what a dataset left out, and whether images for testing were asked of one that has none apart."""
-  said = [*found.left]
+  """Says on stderr how a dataset was read, what it left out, and whether images for testing were asked of one that has
+  none apart."""
+  said = [*found.said, *found.left]
   if split == "test" and not found.heldout: said.append("it is not split into train and test: all of it is taken")
   if said: print(f"evaluate.py: {name}: {'; '.join(said)}", file=sys.stderr)
 

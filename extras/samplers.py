@@ -42,14 +42,14 @@ def ddim_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool,
   With κ² = σ²/(1−ᾱ_{t−1}) = η² β_t/(1−ᾱ_t) the noise is √(1−ᾱ_{t−1}) (√(1−κ²) ε̂ + κ z)."""
   x0_hat, eps_hat = denoise(d, model, x_t, t, clip)
   if eta:
-    beta, noise = d.at(d.beta, t, x_t), d.at(d.sqrt_noise, t, x_t).square()
-    kept = d.at(d.alpha, t, x_t) * d.at(d.sqrt_noise, t - 1, x_t).square() + (1 - eta**2) * beta  # (1−κ²)(1−ᾱₜ)
+    beta, noise = d.at(d.beta, t, x_t), d.at(d.noise_std, t, x_t).square()
+    kept = d.at(d.alpha, t, x_t) * d.at(d.noise_std, t - 1, x_t).square() + (1 - eta**2) * beta  # (1−κ²)(1−ᾱₜ)
     eps_hat = (kept / noise).sqrt() * eps_hat + eta * (beta / noise).sqrt() * z
   return at_time(d, x0_hat, eps_hat, t - 1), x0_hat
 
 def at_time(d:DDPM, x0:Tensor, eps:Tensor, t:Tensor) -> Tensor:
   """Eq. 4 for t = 0 as well: √ᾱ_t x_0 + √(1−ᾱ_t) ε."""
-  return d.at(d.sqrt_alpha_bar, t, x0) * x0 + d.at(d.sqrt_noise, t, x0) * eps
+  return d.at(d.sqrt_alpha_bar, t, x0) * x0 + d.at(d.noise_std, t, x0) * eps
 
 # *** the probability-flow ODE ***
 
@@ -64,13 +64,13 @@ def heun(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool):
   euler = at_time(d, x0_hat, eps_t, t - 1).contiguous()
   eps_end = denoise(d, model, euler, (t - 1).maximum(1), clip)[1]
   eps = column(t > 1, x_t).where((eps_t + eps_end) / 2, eps_t)
-  start = (x_t - d.at(d.sqrt_noise, t, x_t) * eps) / d.at(d.sqrt_alpha_bar, t, x_t)
+  start = (x_t - d.at(d.noise_std, t, x_t) * eps) / d.at(d.sqrt_alpha_bar, t, x_t)
   return at_time(d, start, eps, t - 1), x0_hat
 
 def dpm(ddpm:DDPM, chain:DDPM) -> Moves:
   """DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095), Algorithm 2: the ODE again, of second order with one
   evaluation a step. λ = log √(ᾱ/(1−ᾱ)) is its time, r_t = (λ_t − λ_{t+1}) / (λ_{t−1} − λ_t) here."""
-  lam = np.log(chain.sqrt_alpha_bar[1:] / chain.sqrt_noise[1:])  # λ_1 … λ_T; λ_0 is infinite
+  lam = np.log(chain.sqrt_alpha_bar[1:] / chain.noise_std[1:])  # λ_1 … λ_T; λ_0 is infinite
   w = np.zeros(chain.T + 1)                                      # 1/(2 r_t), but 0 for the first step and the last
   w[2:-1] = np.diff(lam)[:-1] / np.diff(lam)[1:] / 2
   return [functools.partial(multistep, w=table(w))], False
@@ -92,7 +92,7 @@ def reverse_sde(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:boo
 
   The noise of the step, B = ∫ β(τ) dτ = −log α_t, and the score −ε̂/√(1−ᾱ_t) are those of the discrete chain."""
   x0_hat, eps_hat = denoise(d, model, x_t, t, clip)
-  B, score = -d.at(d.alpha, t, x_t).log(), -eps_hat / d.at(d.sqrt_noise, t, x_t)
+  B, score = -d.at(d.alpha, t, x_t).log(), -eps_hat / d.at(d.noise_std, t, x_t)
   return x_t + B * (x_t / 2 + score) + B.sqrt() * z, x0_hat  # xₜ₋₁ = xₜ + B (½ xₜ + ∇log q) + √B z
 
 def pc(ddpm:DDPM, chain:DDPM, snr:float=0.16) -> Moves:
@@ -117,7 +117,7 @@ def langevin(ddpm:DDPM, chain:DDPM, inner:int=5, r:float=0.2) -> Moves:
 def langevin_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool, r:Tensor):
   """x + δ ∇log q(x) + √(2δ) z with the step δ = r (1−ᾱ_t); t stays. r: a table, r[t]."""
   x0_hat, eps_hat = denoise(d, model, x_t, t, clip)
-  noise, step = d.at(d.sqrt_noise, t, x_t), column(r[t], x_t)
+  noise, step = d.at(d.noise_std, t, x_t), column(r[t], x_t)
   return x_t - step * noise * eps_hat + (2 * step).sqrt() * noise * z, x0_hat
 
 MOVES:dict[str, Callable[..., Moves]] = {

@@ -1,12 +1,13 @@
 """What makes tinygrad quick here: the network's operations as kernels of our own, all CPU cores, a quick start.
 
-Nothing in this folder changes a number beyond rounding. All of it happens inside of `scope`, in which captured steps
-are made: outside of it unet.py runs its own operations, and other networks in the same program find tinygrad as it was.
-PLAIN=1 leaves this folder out, and so does deleting it. It knows tinygrad alone. Each change to tinygrad's own
-behaviour is here, with what it gains and what in tinygrad would make it unnecessary.
+Nothing in this folder changes a number beyond rounding. It works inside of `scope`, in which captured steps are made:
+outside of it unet.py runs its own operations, and other networks in the same program find tinygrad as it was. (What
+stays, as opencl.py and threads.py say, changes nothing for them.) With PLAIN=1 only the processes that compile are
+those of workers.py; and all works without this folder. It knows tinygrad alone. Each change to tinygrad's own behaviour
+is here, with what it gains and what in tinygrad would make it unnecessary.
 """
 from __future__ import annotations
-import contextlib, functools, os
+import contextlib, functools, os, threading
 from collections.abc import Callable, Iterator
 from tinygrad import Device, Tensor, dtypes
 
@@ -21,25 +22,28 @@ def prepare(device:str):
 @functools.cache
 def changes(device:str, plainly:bool) -> list[tuple]:
   """(object, name of its attribute, value) of each change that makes the device quick."""
-  from fast import compiler, cores, gpu, quickstart, workers
+  from fast import workers
   found = workers.changes()
   if plainly: return found
+  from fast import compiler, cores, gpu, quickstart
   if device.startswith("CPU"): found += compiler.changes() + cores.changes()
   return found + gpu.changes() + quickstart.changes()
 
-entered = False
+entered, lock = False, threading.RLock()
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-  """Inside of it the network and tinygrad are quick on the default device; after it tinygrad is as it was before."""
+  """Inside of it the network and tinygrad are quick on the default device; after it tinygrad is as it was before. Of
+  several threads one is inside at a time."""
   global entered
-  if entered:
-    yield
-    return
-  try: device = Device[Device.DEFAULT].device
-  except Exception: device = ""  # whatever uses the device says what is wrong with it
-  prepare(device)
   with contextlib.ExitStack() as undo:
+    undo.enter_context(lock)
+    if entered:
+      yield
+      return
+    try: device = Device[Device.DEFAULT].device
+    except Exception: device = ""  # whatever uses the device says what is wrong with it
+    prepare(device)
     for owner, name, value in changes(device, plain()):
       if name in vars(owner): undo.callback(setattr, owner, name, vars(owner)[name])
       else: undo.callback(delattr, owner, name)

@@ -62,7 +62,7 @@ def pairs_of_bfloat16(device:str) -> bool:
   """Whether the processor multiplies two pairs of bfloat16 and sums in float32, at twice float32's rate, and clang
   knows both (from version 16 on)."""
   if vector_lanes(device) < 16: return False
-  clang = quick_renderer(Device[device].renderer.target).compiler
+  with Context(ALLOW_DEVICE_USAGE=1): clang = quick_renderer(Device[device].renderer.target).compiler
   macros = subprocess.check_output([clang.clang, "-w", "-E", "-dM", "-x", "c", *clang.args, os.devnull])
   return b"__AVX512BF16__" in macros and int(macros.split(b"__clang_major__")[1].split()[0]) > 15
 

@@ -24,6 +24,7 @@ void run(word *command, word n, word me, word team, word *state, void (*sleep)(u
   word *done = state + 1, *taken = done + n;
   for (word i = 0; i < n; i++, command += 35, taken += team) {
     word a[32], task, mine = 0;
+    if (__atomic_load_n(state, __ATOMIC_RELAXED)) return;
     for (int k = 0; k < 32; k++) a[k] = command[3+k];
     void (*kernel)(%s) = (void*)command[0];
     for (word k = 0, whose = me; k < team; k++, whose = (whose+1) %% team)
@@ -91,12 +92,14 @@ class Team(GraphRunner):
     def work(me:int):
       program.fxn(*map(ctypes.c_uint64, (self.commands.ctypes.data, len(self.commands), me, cores(),
                                          state.ctypes.data, sleep)))
+    others:list[concurrent.futures.Future] = []
     try:
-      others = [pool.submit(work, me) for me in range(1, cores())]
+      for me in range(1, cores()): others.append(pool.submit(work, me))
       work(0)
       for other in others: other.result()
-    except BaseException:  # Ctrl-C: the other cores must not wait for this one
+    except BaseException:  # Ctrl-C: the other cores must neither wait for this one nor go on
       state[0] = 1
+      concurrent.futures.wait(others)
       raise
     return time.perf_counter() - start
 
@@ -110,7 +113,8 @@ def share(linear:UOp) -> UOp:
     return kernel.replace(src=(store.substitute({first: i}).end(*rest, *others),))
   def large(call:UOp) -> bool:
     kernel = call.src[0]
-    return (kernel.op is Ops.SINK and getattr(kernel.arg, "opts_to_apply", 0) is None and kernel.src[0].op is Ops.END
+    return (kernel.op is Ops.SINK and len(kernel.src) == 1 and kernel.src[0].op is Ops.END
+            and getattr(kernel.arg, "opts_to_apply", 0) is None
             and all(u.device == "CPU" for u in call.src[1:]) and divisor(kernel.src[0].src[1].vmax+1, 64) > 1
             and math.prod(r.vmax+1 for r in kernel.src[0].src[1:]) > 2**17)
   return linear.replace(src=tuple(c.replace(src=(shared(c.src[0]), *c.src[1:])) if large(c) else c for c in linear.src))

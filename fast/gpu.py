@@ -8,6 +8,7 @@ from fast.kernels import statistic_kernel, weight_kernel
 from tinygrad import Tensor, dtypes, function
 from tinygrad.codegen.late import coalesce
 from tinygrad.dtype import DType
+from tinygrad.helpers import ALLOW_TF32
 from tinygrad.renderer import cstyle
 from tinygrad.uop.ops import Ops, UOp
 
@@ -17,12 +18,14 @@ def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=Non
   out = Tensor.empty(*shape, dtype=dtype, device=device) if isinstance(device, str) else \
     Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], dtype=dtype, device=device).uop.unshard(axis=0))
   uops = [t.uop for t in (out, *inputs)]
-  made = body(fxn.func, tuple(fxn.keywords.items()), tuple((u.max_shard_shape, u.dtype) for u in uops))
+  arrays = tuple((u.max_shard_shape, u.dtype) for u in uops)
+  made = body(fxn.func, tuple(fxn.keywords.items()), arrays, ALLOW_TF32.value)
   return Tensor(out.uop.after(made.call(*uops, grad_fxn=grad_fxn)))
 
 @functools.cache
-def body(part, options:tuple, arrays:tuple) -> UOp:
-  """The kernel that `part` makes of arrays of these shapes and types: a network has many a convolution twice."""
+def body(part, options:tuple, arrays:tuple, tf32:int) -> UOp:
+  """The kernel that `part` makes of arrays of these shapes and types: a network has many a convolution twice. tf32: on
+  tensor cores it is another."""
   return part(*(UOp.placeholder(*array, slot=i) for i, array in enumerate(arrays)), **dict(options))
 
 def groups_of(x:Tensor, most:int, least:int=1) -> int:

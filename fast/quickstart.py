@@ -1,10 +1,10 @@
 """A quick start: schedules and lowered kernels kept in tinygrad's cache on the disk."""
 from __future__ import annotations
-import functools, hashlib, importlib.metadata, itertools, pathlib, sys, time
+import contextlib, functools, hashlib, importlib.metadata, itertools, pathlib, sqlite3, sys, time
 from collections.abc import Callable, Iterator
 import numpy as np
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule, tinygrad.uop.ops
-from tinygrad import helpers
+from tinygrad import Device, helpers
 from tinygrad.helpers import all_int, argfix
 from tinygrad.uop.ops import CallInfo, Ops, PatternMatcher, UOp, UPat, recursive_property
 
@@ -12,16 +12,20 @@ class Kept(dict):
   """A dict of tinygrad's that lives as long as the process, kept in tinygrad's cache on the disk as well.
 
   Of a first step's time nearly all goes into scheduling and lowering in Python, and that cache spares the C compiler
-  alone. The keys are digests of what is scheduled or lowered, and of tinygrad's version and settings. (The cache holds
-  machine code and pickles anyway: who can write to it needs no more.)"""
+  alone. The keys are digests of what is scheduled or lowered, of tinygrad's version and settings when the first step
+  was made, of the code in this folder, and of the compiler, which for clang holds the processor's features. (The cache
+  holds machine code and pickles anyway: who can write to it needs no more.)"""
   def __init__(self, table:str, shrink=lambda v: v):
-    settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items())
     self.table, self.shrink = table, shrink
-    code = [f.read_bytes() for f in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
-    self.settings = repr((importlib.metadata.version("tinygrad"), settings,
-                          hashlib.sha256(b"".join(code)).hexdigest()))  # an edited kernel of ours is another kernel
     self.missing:set = set()
     self.made, self.told = 0, time.monotonic()
+  @functools.cached_property
+  def settings(self) -> str:
+    settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items() if k not in IDLE)
+    code = [f.read_bytes() for f in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
+    compiler = getattr(Device[Device.DEFAULT].renderer, "compiler", None)
+    return repr((importlib.metadata.version("tinygrad"), settings, hashlib.sha256(b"".join(code)).hexdigest(),
+                 getattr(compiler, "cachekey", "")))
   def digest(self, key) -> str: return hashlib.sha256(repr((self.settings, key)).encode()).hexdigest()
   def __contains__(self, key) -> bool:
     if (found := self.get(key)) is None: self.missing.add(key)
@@ -32,15 +36,19 @@ class Kept(dict):
     return super().get(key, default)
   def __setitem__(self, key, value):
     super().__setitem__(key, value)
-    helpers.diskcache_put(self.table, self.digest(key), self.shrink(value))
+    with contextlib.suppress(sqlite3.Error):  # where the cache cannot be written
+      helpers.diskcache_put(self.table, self.digest(key), self.shrink(value))
     # a first step takes a while: show that it goes on
     self.missing.discard(key)
     if not self.made: self.told = time.monotonic()
     self.made, tty = self.made+1, sys.stderr.isatty()
-    if not self.missing and self.made: self.told, self.made = time.monotonic(), 0
+    if not self.missing: self.told, self.made = time.monotonic(), 0
     elif time.monotonic()-self.told > (0.2 if tty else 10):
       self.told, text = time.monotonic(), f"compiling: {self.made} of {self.made+len(self.missing)} kernels"
       print(f"\r\033[K{text}\r" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
+
+# settings that change no kernel
+IDLE = ("TRAINING", "DEBUG", "PARALLEL", "PROFILE", "NO_COLOR", "LRU", "JIT_BATCH_SIZE")
 
 def launched(program:UOp) -> UOp:
   """What a launch reads of a lowered kernel: its parameters, its source and its code."""

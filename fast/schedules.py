@@ -73,7 +73,6 @@ PARTS = 1000  # numbers of loops over such neighbours begin here
 def renderer(device:str) -> Renderer:
   with Context(ALLOW_DEVICE_USAGE=1): return Device[device].renderer
 
-@functools.cache
 def on_tensor_cores(kernel:UOp, device:str) -> UOp|None:
   """The kernel, a sum of products, with its schedule for the device's tensor cores; None where they do not fit."""
   ren = renderer(device)

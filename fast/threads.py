@@ -2,16 +2,17 @@
 import threading
 from tinygrad import helpers
 
-own, first = threading.local(), helpers.db_connection
+own, first, lock = threading.local(), helpers.db_connection, threading.Lock()
 
 def connection():
   """The main thread's connection is tinygrad's own; each other thread has one of its own."""
-  if threading.current_thread() is threading.main_thread(): return first()
-  if not hasattr(own, "db"):
+  with lock:
+    if threading.current_thread() is threading.main_thread(): return first()
+    if hasattr(own, "db"): return own.db
     kept, helpers._db_connection = helpers._db_connection, None
     try: own.db = first()
     finally: helpers._db_connection = kept
-  return own.db
+    return own.db
 
 def install():
   """SQLite refuses a connection in a thread that did not open it, and tinygrad has one for the whole process: training

@@ -43,12 +43,12 @@ class Pool:
 
   def imap_unordered(self, f:Callable, tasks:Iterable) -> Iterator:
     # a process that these start inherits what is blocked: a signal to all of a program's cannot end it before `start`
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    tasks = list(tasks)
+    tasks, futures = list(tasks), list[concurrent.futures.Future]()
     n = min(8, -(-len(tasks)//PARALLEL.value))
-    try: futures = [self.executor.submit(compiled, f, tasks[i:i+n]) for i in range(0, len(tasks), n)]
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
+      before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+      try: futures += [self.executor.submit(compiled, f, tasks[i:i+n]) for i in range(0, len(tasks), n)]
+      finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
       for future in concurrent.futures.as_completed(futures): yield from future.result()
     except BrokenProcessPool as e:
       terminate()

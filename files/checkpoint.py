@@ -33,6 +33,7 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   readers, metadata = open_tensors(path)
   try: meta = json.loads(metadata["ddpm"])
   except (KeyError, ValueError, RecursionError): meta = {}
+  if isinstance(meta, dict): meta = {k: v for k, v in meta.items() if v is not None}
   if not isinstance(meta, dict) or not isinstance(meta.get("unet"), dict):
     raise ValueError(f"{path} carries no description of a network of this program: tinygrad.nn.state.load_state_dict "
                      "loads it into your own")
@@ -48,14 +49,18 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
 def build(config:dict, path:str) -> UNet:
   """The network of a checkpoint's arguments."""
   args:dict = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-  try: return UNet(**args)
-  except (TypeError, AttributeError) as e:
+  try:
+    if np.asarray(args.get("image_size", 0)).dtype.kind == "f": raise TypeError("image_size is no whole number")
+    return UNet(**args)
+  except (TypeError, AttributeError, ArithmeticError) as e:
     raise ValueError(f"{path} does not describe a network of this program: {e}") from e
 
 def find(path:str|None=None, raw:bool=False) -> str:
   """The file that a program's --checkpoint means: that of a run's folder. Without one, that of the newest run, or the
   one shipped. ValueError if there is neither."""
   name = "last.safetensors" if raw else "ema.safetensors"
+  if path and Path(path, "log.jsonl").is_file() and not Path(path, name).is_file():
+    raise ValueError(f"{path} is the folder of a run that has no {name} yet")
   if path: return str(run) if (run := Path(path, name)).is_file() else str(path)
   if runs := sorted(Path("runs").glob(f"*/{name}"), key=lambda f: f.stat().st_mtime): return str(runs[-1])
   shipped = Path(__file__).parent.parent/"checkpoints"/"mnist.safetensors"

@@ -7,6 +7,8 @@ from files.bar import progress
 from files.hub import INDICES, NETWORKS, WEIGHTS, find_network, find_weights, read_json, shards
 from files.weights import converting, open_tensors
 
+YES = ("1", "true", "yes", "on")
+
 def is_name(text:str) -> bool:
   """Whether it is owner/name or owner/name@revision."""
   return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", text) is not None
@@ -19,9 +21,11 @@ def model(name:str, raw:bool=False) -> Path:
   sentence, when that fails."""
   repo, revision = (name.split("@") + ["main"])[:2]
   folder = Path(helpers.cache_dir)/"downloads"/f"{repo}@{revision.replace('/', '--')}"
-  for there in (in_their_cache(repo, revision), folder):
-    if complete(there, raw): return there
-  if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+  theirs, offline = in_their_cache(repo, revision), os.environ.get("HF_HUB_OFFLINE", "").lower()
+  if complete(folder, raw): return folder
+  # other programs may have fetched the network alone
+  if complete(theirs, raw) and (offline in YES or any(theirs.glob("**/scheduler_config.json"))): return theirs
+  if offline in YES:
     raise OSError(f"{name!r} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub")
   url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
   url = f"{url}/{urllib.parse.quote(repo)}/resolve/{urllib.parse.quote(revision, safe='')}"

@@ -1,5 +1,5 @@
 """Networks in the layout of diffusers, as the hub has them: other names, other arguments, other orders of axes."""
-import functools, json, os, reprlib
+import functools, json, os, reprlib, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,9 +218,11 @@ def check_images(meta:dict, path:str|os.PathLike):
   """ValueError unless what a checkpoint says of its images is what train.py writes."""
   def numbers(v) -> bool: return isinstance(v, list) and len(v) == 2 and all(isinstance(n, int | float) for n in v)
   def names(v) -> bool: return isinstance(v, list) and all(isinstance(n, str) for n in v)
-  how = ("size", "fit", "mode", "multiple")  # of data.read
-  known:dict[str, Callable] = {"limits": numbers, "classes": names, "dataset": lambda v: isinstance(v, str),
-                               "how": lambda v: isinstance(v, dict) and v.keys() <= {*how}}
+  def how(v) -> bool:  # what data.read takes
+    size = v.get("size") if isinstance(v, dict) else 0
+    return isinstance(v, dict) and v.keys() <= {"size", "fit", "mode", "multiple"} and whole(v.get("multiple", 1)) and (
+      size is None or whole(size) or isinstance(size, list) and len(size) == 2 and all(map(whole, size)))
+  known:dict[str, Callable] = {"limits": numbers, "classes": names, "dataset": lambda v: isinstance(v, str), "how": how}
   for k, right in known.items():
     if meta.get(k) is not None and not right(meta[k]):
       raise ValueError(f"{path}: what it says of its images is damaged: {k} = {str(meta[k])[:80]}")
@@ -260,4 +262,6 @@ def find_scheduler(folder:Path, place:Path) -> dict:
   for near in (place, folder, *(above/"scheduler" for above in (place, place.parent, place.parent.parent))):
     path = near/"scheduler_config.json"
     if path.is_file(): return from_scheduler(read_json(path), path)
+  print(f"{place} has no scheduler_config.json: diffusers' defaults are taken, 1000 linear steps and a network that "
+        "predicts the noise", file=sys.stderr)
   return from_scheduler({}, place)

@@ -96,7 +96,7 @@ def arrange(source:Source) -> tuple[list[Item], list[str], list[str], list[str]]
   words = [p[0] if len(p) > 1 else "" for p in where]
   if source.tables: labels, classes = listed(source)
   else:
-    prefixes = [re.match("(?:([A-Za-z]+)_)?", p[-1])[1] or "" for p in where]  # type: ignore[index]
+    prefixes = [re.match(r"(?:([^\W\d_]+)_)?", p[-1])[1] or "" for p in where]  # type: ignore[index]
     if set(words) == {""} and "" not in prefixes and 1 < len(set(prefixes)) <= len(prefixes) / 2:
       words = prefixes
       said.append("classes from the beginnings of the names")
@@ -151,7 +151,9 @@ def measure(f:IO[bytes]) -> Measured:
   img, reduced = open_image(f)
   (h, w), depth, frames = (img.height, img.width), None, getattr(img, "n_frames", 1)
   deep = any(";16" in str(tile[3]) for tile in getattr(img, "tile", []))
-  if (img.format != "PNG" or "exif" in img.info) and img.getexif().get(0x0112, 1) > 4: h, w = w, h
+  # (Pillow has turned a TIFF already, and looks for a PNG's only where it is decoded.)
+  turned = img.format != "TIFF" and (img.format != "PNG" or "exif" in img.info)
+  if turned and img.getexif().get(0x0112, 1) > 4: h, w = w, h
   if img.mode[0] in "IF":
     x, top = values(img), {"I;": 65535., "I": 2.**31 - 1, "F": math.inf}[img.mode[:2]]
     depth = float(x.min()), float(x.max()), top
@@ -245,7 +247,9 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   train = sum(item.half == 0 for item in kept)
   if not train: raise ValueError(f"{path} holds no image that can be read: all {len(items)} are broken "
                                  f"({'; '.join(broken)})")
-  if mode is None and not to.gray and not colours: return decode_all(source, size, fit, "gray", multiple, f)
+  if mode is None and not to.gray and not colours:
+    f.truncate(f.seek(0))  # or its room counts as taken
+    return decode_all(source, size, fit, "gray", multiple, f)
   if mode is None and 0 < (share := colours / (len(kept) * to.height * to.width)) <= 1e-3:
     said.append(f"nearly gray, {share:.2g} of the pixels are coloured: mode gray makes one channel of the three")
   if n := sum(m.deep for m in of): said.append(f"of {n} images of several channels of 16 bits, the upper 8 are read")

@@ -25,14 +25,16 @@ def check(folder:Path, png:str|None, index:range):
     if (path := Path(str(png), f"{i:06d}.png")).exists(): raise OSError(f"{path} is there already: name another folder")
 
 @contextlib.contextmanager
-def kept(folder:Path, first:bool) -> Iterator[None]:
-  """Keeps the folder if something goes wrong and a batch is finished; else removes it. Only the first process does."""
+def kept(folder:Path, png:str|None, first:bool) -> Iterator[None]:
+  """Keeps the folder if something goes wrong and a batch is finished, or some of its files in the folder `png` are;
+  else removes it. Only the first process does."""
   done = False
   try:
     yield
     done = True
   finally:
-    if first and (done or not finished(folder)): shutil.rmtree(folder, ignore_errors=True)
+    begun = finished(folder) or png and any(Path(png).glob("*.png"))
+    if first and (done or not begun): shutil.rmtree(folder, ignore_errors=True)
     elif first: print(f"what is finished is in {folder}: the same command goes on", file=sys.stderr)
 
 def missing(folder:Path, starts:range) -> np.ndarray:
@@ -57,7 +59,7 @@ def write(a:argparse.Namespace, folder:Path, labels:np.ndarray, classes:int, nam
   """The files that sample.py's command line asks for, from all batches."""
   columns, rows = (len(labels) // classes, names or None) if a.classes else (None, None)
   movie = np.concatenate([np.load(path)["shown"] for path in finished(folder) if int(path.stem) < SHOWN], 1)
-  if a.npz: write_npz(a.npz, folder, labels, classes > 0)
+  if a.npz: write_npz(a.npz, folder, labels, classes > 0 and a.guidance != 0)
   if a.gif: pictures.save_gif(a.gif, [pictures.grid(x, columns, row_names=rows) for x in movie])
   pictures.save_png(a.out, pictures.grid(movie[-1], columns, row_names=rows))
   if sys.stdout.isatty(): print(pictures.to_terminal(movie[-1]))

@@ -3,7 +3,7 @@ import functools, json, math, os
 from collections.abc import Callable, Mapping
 from typing import BinaryIO
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 from files.atomic import atomic
 
 Readers = Mapping[str, Callable[[], np.ndarray]]  # a tensor's name -> a function that reads it
@@ -83,6 +83,7 @@ def fill(state:dict[str, Tensor], readers:Readers, path:str|os.PathLike):
     if not np.isfinite(new).all(): raise ValueError(f"{path}: tensor {k!r} holds numbers that are not finite")
     host = Tensor(np.ascontiguousarray(new), device="NPY")
     v.uop.base.buffer.copy_from(host.uop.base.buffer)  # type: ignore[union-attr, arg-type]
+    Device[str(v.device)].synchronize()  # until then CUDA and OpenCL keep the host's side
 
 def converting(path:str|os.PathLike) -> str:
   """The command that makes a safetensors file of a file of PyTorch, where PyTorch is at hand."""

@@ -8,7 +8,7 @@ import data
 import numpy as np
 import pytest
 from common import DATA, ROOT, refused
-from files import images as image_files, mirrors as sites
+from files import dataset, images as image_files, mirrors as sites
 from PIL import Image
 from tinygrad import Tensor
 
@@ -328,6 +328,10 @@ def test_every_kind_of_image_looks_as_people_see_it(offline):
   exif[0x0112] = 6  # "turn it right by a quarter": dark at the right
   x = one(f, turned, exif=exif)[0]
   assert x[0].tolist() == list(range(224, -1, -32)) and (x == x[0]).all()
+  wide = turned.resize((12, 8))  # with the exif it is 8 wide and 12 high; nothing is cropped, and nothing is black
+  for name, more in (("a.png", {}), ("a.jpg", {"quality": 95}), ("a.tif", {}), ("a.webp", {"lossless": True})):
+    x = one(f, wide, name, exif=exif, **more)[0]
+    assert x.shape == (12, 8) and np.abs(x - np.arange(224., -1, -32)).max() < 6, name
 
 def put(path, value=0, size=(8, 8), **how):
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -389,6 +393,8 @@ def test_numbers_in_numeric_order_and_classes_in_names(offline):
   found = data.read(offline / "p")
   assert found.classes == ["cat", "dog"] and all(found.images[:, 0, 0, 0] % 2 == 1 - found.labels)
   assert "beginnings of the names" in found.about
+  for i in range(6): put(offline / "u" / f"{('кот', 'пёс')[i % 2]}_{i}.png", i)
+  assert data.read(offline / "u").classes == ["кот", "пёс"]
   put(offline / "p" / "5.png")
   assert data.read(offline / "p").classes == [""]
   for i in (3, 4): put(offline / "n" / f"{i}.png")
@@ -625,6 +631,20 @@ def test_large_photographs_look_the_same(offline):
   put(offline / "g" / "a.png", Image.fromarray(x))
   a, b = (data.load(offline / name, size=(20, 30))[0][0, 0].astype(int) for name in "fg")
   assert np.abs(a - b).max() < 6
+
+def test_a_set_that_turns_out_gray_needs_the_room_of_one_channel(offline, monkeypatch):
+  """Files of colour without any are written as three channels first, whose room is free again for the one."""
+  for i in range(4): put(offline / "f" / f"{i}.png", Image.new("RGB", (100, 100), (i, i, i)))
+  def free(place):
+    used = sum(file.stat().st_size for file in Path(place).iterdir())
+    return SimpleNamespace(free=130_000 - used)
+  monkeypatch.setattr(dataset.shutil, "disk_usage", free)
+  assert data.read(offline / "f").images.shape == (4, 1, 100, 100)
+
+def test_names_of_any_length(offline):
+  long = "照" * 80  # 240 bytes of the 255 that a name may have
+  put(offline / long / "a.png", 7)
+  assert data.read(offline / long).images.max() == 7
 
 def test_broken_images_are_counted_and_named(offline, capsys):
   f = offline / "f"

@@ -8,6 +8,7 @@ from common import ROOT, close, f32, refused, rng
 from engine.batches import choose, geometric, mean_error
 from engine.streams import stream
 from extras import lenet, likelihood, quality
+from extras.editing import read_set
 from extras.likelihood import dequantized, ode_bpd, ode_grid, ode_log_density, on_levels
 from extras.quality import auc, contrast, sliced_wasserstein
 from files import checkpoint, pictures
@@ -367,11 +368,24 @@ def test_labels_are_compared_by_name(program, monkeypatch):
   refused(lambda: program("--labels", "--samples-t", 1), "--labels", "other classes")
 
 def test_images_are_read_as_for_training(program):
-  """By what the checkpoint says of them; those of another dataset in the network's own size."""
-  program.state.meta |= {"dataset": "a/folder", "how": {"size": None, "fit": "pad", "mode": "gray", "multiple": 4}}
+  """By what the checkpoint says of them, however the dataset is spelled; an array keeps its channels."""
+  program.state.meta |= {"dataset": "a/folder", "how": (how := dict(size=None, fit="pad", mode="gray", multiple=4))}
   program("--n", 1, "--samples-t", 1, "--split", "train")
-  program("--n", 1, "--samples-t", 1, "--dataset", "another")
-  assert program.state.read == [("a/folder", "train", program.state.meta["how"]), ("another", "test", {"size": (8, 8)})]
+  for name in ("./a/folder/", "an.npz", "cifar10"): program("--n", 1, "--samples-t", 1, "--dataset", name)
+  assert program.state.read == [("a/folder", "train", how), ("./a/folder/", "test", how),
+                                ("an.npz", "test", how | {"mode": None}), ("cifar10", "test", {})]
+
+def test_images_of_another_size_are_brought_into_the_models(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  for side in (10, 20):
+    (folder := tmp_path / str(side)).mkdir()
+    Image.fromarray(rng(side).integers(0, 256, (side, side), np.uint8)).save(folder / "a.png")
+  meta = {"dataset": str(tmp_path / "10"), "how": {"size": None, "fit": "pad", "mode": None, "multiple": 4}}
+  for spelled in ("10", "x/../10"):
+    (tmp_path / "x").mkdir(exist_ok=True)
+    found = read_set(str(tmp_path / spelled), "test", None, (8, 8), meta)
+    assert np.array_equal(found.images[0, 0], np.asarray(Image.open(tmp_path / "10" / "a.png"))[1:9, 1:9])
+  assert read_set(str(tmp_path / "20"), "test", None, (8, 8), meta).images.shape == (1, 1, 8, 8)
 
 @pytest.mark.parametrize("flags, words", [
   ("--n 0", "--n '0' 1 or more"), ("--n 31", "--n 31 30"), ("--samples-t 41", "40 times"), ("--ode 41", "40 times"),
@@ -482,7 +496,8 @@ def test_samples_that_are_refused(compared, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "load", lambda path, raw=False: (None, {}))
   refused(lambda: compared("--samples", "good.npz", "--checkpoint", "c.safetensors"), "--dataset")
   good = "--samples", "good.npz", "--dataset", "set.npy"
-  for flags in (["--labels"], ["--ode", 3], ["--naive", 3], ["--against", "shifted"], ["--samples-t", 3], ["--n", 6]):
+  for flags in (["--labels"], ["--raw"], ["--ode", 3], ["--naive", 3], ["--against", "shifted"], ["--samples-t", 3],
+                ["--n", 6]):
     refused(lambda flags=flags: compared(*good, *flags), flags[0])
   refused(lambda: compared(*good, "--json", "./good.npz"), "good.npz would be written over")
   (tmp_path / "good.nearest.png").mkdir()
@@ -534,6 +549,7 @@ def test_lenet_and_nearest_at_the_terminal(compared, tmp_path, monkeypatch):
   first = json.loads((tmp_path / "r.json").read_text())
   close([v.b1_t.item() for v in made], 0.9 ** (10 * 96 // 32), rtol=1e-4)  # each step has moved Adam's own state
   assert "10 samples to 96 test images" in out and "over 2 LeNets" in out and "of which a LeNet is sure" in out
+  assert [*first["nearest"]] == ["samples"]  # the set is not split: no image is apart from those of training
   assert first["nearest"]["samples"] == [0.0] * 10 and len(first["lenet"]["Fréchet_LeNet_distance"]["each"]) == 2
   assert Image.open(tmp_path / "made.nearest.png").size[0] >= 720
   features, p = lenet.answers(lenet.trained(data.read(tmp_path / "set.npz"), 0), x)

@@ -1,15 +1,17 @@
 """What fast/ does to tinygrad: all cores, the quick start, and that none of it is needed or stays behind."""
-import contextlib, ctypes, os, shutil, signal, sqlite3, subprocess, sys, time
+import contextlib, ctypes, os, shutil, signal, sqlite3, subprocess, sys, threading, time
 import numpy as np
 import pytest
+import tinygrad.device, tinygrad.schedule
 import unet
 from common import ROOT, arr, close
 from engine.capture import captured
-from fast import clang, cores, cpu, opencl, quickstart, scope, workers
+from engine.device import open_device
+from fast import clang, cores, cpu, gpu, opencl, quickstart, scope, threads, workers
 from test_unet import conv_by_hand, kernels, softmax
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.runtime.support.elf import elf_loader
-from tinygrad.uop.ops import UOp
+from tinygrad.uop.ops import Ops, UOp
 
 with scope():
   shared_cores = pytest.mark.skipif(getattr(Device[Device.DEFAULT], "graph", None) is not cores.Team,
@@ -289,7 +291,7 @@ def test_what_is_compiled_together_is_what_is_compiled_alone(tmp_path, monkeypat
   def images(text):
     """The machine code, compiled together; and how often the script was started."""
     monkeypatch.setenv("CC", compiler(tmp_path, f"{text}\necho start >> {starts}")["CC"])
-    clang.cc1.cache_clear()
+    clang.said.cache_clear()
     starts.write_text("")
     libs = clang.Clang(arch).compile_all(sources)
     return {src: bytes(elf_loader(lib)[0]) for src, lib in libs.items()}, starts.read_text().count("start")
@@ -300,6 +302,99 @@ def test_what_is_compiled_together_is_what_is_compiled_alone(tmp_path, monkeypat
     assert images(f'case "$*" in *-###*) {fails};; esac') == (alone, 4)
   with pytest.raises(subprocess.CalledProcessError): own.compile_all([*sources, "int f( {"])
   assert "error" in capfd.readouterr().err
+
+@with_clang
+def test_compiled_kernels_are_another_processors_or_compilers_own(tmp_path, monkeypatch):
+  """The name under which they are kept follows what clang says of the processor, of its version and of its flags."""
+  def name(text, *arch):
+    monkeypatch.setenv("CC", compiler(tmp_path, text)["CC"])
+    clang.said.cache_clear()
+    return clang.Clang(["x86_64", *arch]).cachekey
+  same, haswell, older = name("", "native"), name("", "haswell"), name("echo clang version 3 >&2", "native")
+  assert len({same, haswell, older}) == 3 and name("", "native") == same
+  monkeypatch.chdir(tmp_path)
+  assert name("", "native") == same
+
+@with_clang
+def test_a_cache_and_a_folder_that_cannot_be_written_are_done_without(monkeypatch):
+  def full(*given): raise sqlite3.OperationalError("database or disk is full")
+  own = clang.Clang(Device["CPU"].renderer.target.arch.split(","))
+  sources = ["int f(void) { return 5; }", "int g(void) { return 6; }"]
+  for module in (clang, quickstart.helpers, tinygrad.device): monkeypatch.setattr(module, "diskcache_put", full)
+  images = [bytes(elf_loader(own.compile(src))[0]) for src in sources]
+  def compiled(): return [bytes(elf_loader(lib)[0]) for lib in own.compile_all(sources).values()]
+  assert compiled() == images
+  own.cachekey += str(time.time())
+  assert bytes(elf_loader(own.compile_cached(sources[0]))[0]) == images[0]
+  kept = quickstart.Kept("nothing")
+  kept["a"] = 1
+  assert kept["a"] == 1
+  def nowhere(*given): raise OSError(28, "No space left on device")
+  monkeypatch.setattr(clang.tempfile, "mkdtemp", nowhere)
+  assert compiled() == images
+
+def test_of_two_threads_one_is_in_the_scope():
+  """And tinygrad is as it was when both have left."""
+  inside, seen, before = threading.Event(), [], dict(vars(UOp))
+  def other():
+    inside.wait()
+    with scope(): seen.append(hasattr(UOp, "buffers_below"))
+    seen.append(hasattr(UOp, "buffers_below"))
+  (thread := threading.Thread(target=other)).start()
+  with scope():
+    inside.set()
+    time.sleep(0.2)
+    assert not seen
+    with scope(): pass
+  thread.join()
+  assert seen == [True, False] and dict(vars(UOp)) == before
+
+def test_the_cache_is_opened_by_many_threads_at_once(monkeypatch, tmp_path):
+  monkeypatch.setattr(threads.helpers, "CACHEDB", str(tmp_path/"cache.db"))
+  wrong, start = [], threading.Barrier(8)
+  def use():
+    start.wait()
+    try:
+      for _ in range(20): threads.connection().execute("select 1").fetchone()
+    except Exception as e: wrong.append(e)
+  for _ in range(5):
+    many = [threading.Thread(target=use) for _ in range(8)]
+    for t in many: t.start()
+    for t in many: t.join()
+  assert not wrong
+
+def test_processes_that_died_while_they_waited_are_replaced(monkeypatch):
+  monkeypatch.setattr(workers, "pool", None)
+  for _ in range(2):
+    assert sorted(workers.get().imap_unordered(abs, [-1, 2])) == [1, 2]
+    for process in list(workers.pool.executor._processes.values()): process.kill()
+    until = time.monotonic() + 20
+    while not workers.pool.executor._broken and time.monotonic() < until: time.sleep(0.05)
+    with pytest.raises(RuntimeError, match="a process that compiles kernels died"):
+      list(workers.get().imap_unordered(abs, [-1, 2]))
+    assert workers.pool is None
+
+def test_tf32_is_of_the_run_that_asks_for_it(monkeypatch):
+  """A kernel for tensor cores is another with it."""
+  for name in ("ALLOW_TF32", "CC", "CCC_OVERRIDE_OPTIONS", "POCL_EXTRA_BUILD_FLAGS"):
+    monkeypatch.setenv(name, os.environ.get(name, ""))  # as they are now, afterwards
+  seen = []
+  def part(*placeholders): return seen.append(gpu.ALLOW_TF32.value)
+  for asked in (False, True, False):
+    open_device(asked, silent=True)
+    gpu.body(part, (), (), gpu.ALLOW_TF32.value)
+    assert gpu.ALLOW_TF32.value == asked and os.environ["ALLOW_TF32"] == str(int(asked))
+  assert seen == [0, 1]
+
+@with_clang
+def test_a_kernel_of_two_outputs_keeps_both(monkeypatch):
+  seen, share, x = [], cores.share, Tensor(arr(2**18)).realize()
+  monkeypatch.setattr(cores, "share", lambda linear: seen.append(linear) or share(linear))
+  with scope(): (x + time.time() % 1).realize()  # a new number, so that its schedule is in no cache
+  (call,) = seen[0].src
+  assert share(seen[0]).src[0] is not call
+  two = call.replace(src=(call.src[0].replace(src=call.src[0].src * 2), *call.src[1:]))
+  assert len(share(UOp(Ops.LINEAR, src=(two,))).src[0].src[0].src) == 2
 
 @with_clang
 def test_a_kernel_that_cannot_be_lowered_leaves_none_without_its_code(monkeypatch, tmp_path):
@@ -379,13 +474,15 @@ def test_captured_kernels_are_shared_among_cores(members, monkeypatch):
     monkeypatch.undo()
     cores.team.cache_clear()
 
-def alone(rounds:int, taken:int, stop:int) -> tuple[list[int], list[int]]:
-  """A kernel of so many rounds given to the first of two cores, the other never comes: the rounds it ran, its state."""
+def alone(rounds:int, taken:int, stop:int, late:bool=False) -> tuple[list[int], list[int]]:
+  """A kernel of so many rounds given to the first of two cores, the other never comes: the rounds it ran, its state.
+  late: it is told to stop after a while."""
   ran:list[int] = []
   kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_uint64]*32)(lambda *args: ran.append(args[31]))
   command, state = np.zeros((1, 35), np.uint64), np.array([stop, 0, taken, taken], np.uint64)
   command[0, :3] = ctypes.cast(kernel, ctypes.c_void_p).value, rounds, 31
   sleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value
+  if late: threading.Timer(0.2, state.__setitem__, (0, 1)).start()
   cores.team()[0].fxn(*map(ctypes.c_uint64, (command.ctypes.data, 1, 0, 2, state.ctypes.data, sleep)))
   return ran, state.tolist()
 
@@ -396,7 +493,11 @@ def test_a_core_that_is_taken_away_is_not_waited_for():
 
 @shared_cores
 def test_a_core_does_not_wait_for_one_that_was_interrupted():
-  assert alone(rounds=5, taken=3, stop=1) == ([], [1, 0, 4, 4])  # the other had taken all rounds and done none
+  assert alone(rounds=5, taken=3, stop=0, late=True) == ([], [1, 0, 4, 4])  # the other had taken all and done none
+
+@shared_cores
+def test_a_core_does_not_go_on_after_one_was_interrupted():
+  assert alone(rounds=5, taken=0, stop=1) == ([], [1, 0, 0, 0])
 
 @pytest.mark.parametrize("text,n", [
   ("max 100000", 16), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1)])

@@ -90,7 +90,7 @@ def test_figure_8_mixes_latents_of_one_noise(command, monkeypatch):
 @pytest.mark.parametrize("line", (
   "6 --n 0", "9", "", "7 --k 0", "8 --at 0", "6 --out /proc/version/a.png", "6 --shared 2", "5 --steps x",
   "7 --at 3", "6 --ddim", "5 --images a.png b.png", "table4 --at 1", "table2 --ddim", "6 --k 7", "8 --k 2",
-  "8 --images a.png b.png --n 2", "8 --images a.png b.png --dataset glyphs"))
+  "8 --images a.png b.png --n 2", "8 --images a.png b.png --dataset glyphs", "5 --out a.csv"))
 def test_wrong_arguments_are_one_sentence(command, line):
   which, *rest = line.split() or [""]
   refused(lambda: command(" ".join(rest), [which]))

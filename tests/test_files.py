@@ -204,7 +204,8 @@ def test_a_network_of_the_users_own(tmp_path):
 
 @pytest.mark.parametrize("wrong", [
   {"limits": [1]}, {"limits": "0, 1"}, {"limits": [0, "b"]}, {"how": 3}, {"how": {"sizes": 8}}, {"classes": [1, 2]},
-  {"classes": "ab"}, {"dataset": ["a"]}])
+  {"classes": "ab"}, {"dataset": ["a"]}, {"how": {"multiple": 0}}, {"how": {"multiple": "x"}},
+  {"how": {"size": {"a": 1}}}, {"how": {"size": [None, 8]}}, {"how": {"size": 1.5}}])
 def test_what_a_file_says_of_its_images_is_looked_at(wrong, tmp_path):
   right = {"limits": [0, 1.5], "how": {"size": [8, 8], "fit": "pad"}, "classes": ["a", "b"], "dataset": "a/b"}
   model = random_model()
@@ -217,6 +218,18 @@ def test_what_a_file_says_of_its_images_is_looked_at(wrong, tmp_path):
   config = tmp_path/"folder"/"unet"/"config.json"
   config.write_text(json.dumps(json.loads(config.read_text()) | {f"_{k}": v for k, v in wrong.items()}))
   refused(lambda: checkpoint.load(tmp_path/"folder"), "config.json", *wrong)
+
+@pytest.mark.parametrize("wrong", [
+  {"image_size": 8.0}, {"image_size": [8.0, 8.0]}, {"channel_mult": [1] * 2000}, {"channels": None}, {"channels": [4]}])
+def test_a_description_of_no_network_is_refused(wrong, tmp_path):
+  checkpoint.save(tmp_path/"a.safetensors", model := random_model())
+  tensors = read_tensors(tmp_path/"a.safetensors")[0]
+  write_tensors(tmp_path/"a.safetensors", tensors, {"unet": model.config | wrong})
+  refused(lambda: checkpoint.load(tmp_path/"a.safetensors"))
+
+def test_what_a_file_leaves_open_is_left_open(tmp_path):
+  checkpoint.save(tmp_path/"a.safetensors", random_model(), {"how": None, "classes": None, "limits": None})
+  assert checkpoint.load(tmp_path/"a.safetensors")[1].keys() == {"unet"}
 
 def test_low_precision_is_kept_and_read(tmp_path):
   """float16 as asked for; the weights of a network in bfloat16 as float32 of the same value."""

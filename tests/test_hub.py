@@ -359,6 +359,14 @@ def test_a_pipeline_from_the_hub(server, tmp_path, monkeypatch):
   left = {p.name for p in (tmp_path/"cache").rglob("*") if p.is_file()}
   assert left == {WEIGHTS, "config.json", "scheduler_config.json", "model_index.json"}
 
+def test_a_diffusion_that_nothing_tells_of_is_said(tmp_path, capsys):
+  hub.save(tmp_path/"a", random_model(), {})
+  checkpoint.load(tmp_path/"a")
+  assert capsys.readouterr().err == ""
+  (tmp_path/"a"/"scheduler"/"scheduler_config.json").unlink()
+  assert checkpoint.load(tmp_path/"a")[1]["ddpm"]["T"] == 1000
+  assert "no scheduler_config.json" in capsys.readouterr().err
+
 def test_a_network_alone_from_the_hub(server, tmp_path):
   """As google's: all in one folder."""
   publish(server, tmp_path, "google/x@main", model := random_model(), {"ddpm": {"T": 7}})
@@ -485,6 +493,8 @@ def test_one_in_the_cache_of_huggingface(variable, cache, server, tmp_path, monk
   refused(lambda: checkpoint.load("owner/other"), "'owner/other'", "HF_HUB_OFFLINE")
   assert not server.log
   monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+  (there/"snapshots"/"abc123"/"scheduler"/"scheduler_config.json").unlink()
+  refused(lambda: checkpoint.load("owner/name"), "404")  # other programs may fetch the network without its diffusion
   (there/"snapshots"/"abc123"/"unet"/WEIGHTS).unlink()  # a snapshot without its weights is no model
   refused(lambda: checkpoint.load("owner/name"), "404")
 

@@ -79,9 +79,9 @@ def test_an_unhashable_model(tmp_path):
     x = x_T.numpy().astype(np.float64)
     for t, got, _ in sample.SAMPLERS["ddim"](d, model, x_T, 5, jits=jits):
       eps = x * w + b * (t + 1) / 100                        # x is of time t + 1
-      x0 = np.clip((x - d.sqrt_noise[t + 1] * eps) / d.sqrt_alpha_bar[t + 1], -1, 1)
-      eps = (x - d.sqrt_alpha_bar[t + 1] * x0) / d.sqrt_noise[t + 1]
-      x = d.sqrt_alpha_bar[t] * x0 + d.sqrt_noise[t] * eps
+      x0 = np.clip((x - d.noise_std[t + 1] * eps) / d.sqrt_alpha_bar[t + 1], -1, 1)
+      eps = (x - d.sqrt_alpha_bar[t + 1] * x0) / d.noise_std[t + 1]
+      x = d.sqrt_alpha_bar[t] * x0 + d.noise_std[t] * eps
       close(got.numpy(), x, atol=1e-5)
   assert np.isfinite(evaluate.bound(d, model, IMAGES[:2]).total).all()
 
@@ -129,7 +129,7 @@ def test_statistics_of_batches(tmp_path):
   d, mean = DDPM(50, beta_T=0.2), 0.0
   for n in range(1, 5):
     x, t, eps, *_ = train.draw(config(tmp_path), IMAGES, LABELS, 3, n)
-    a, b = (np.reshape(v[t], (-1, 1, 1, 1)) for v in (d.sqrt_alpha_bar, d.sqrt_noise))
+    a, b = (np.reshape(v[t], (-1, 1, 1, 1)) for v in (d.sqrt_alpha_bar, d.noise_std))
     x_t = a * (x / 127.5 - 1) + b * eps
     mean = 0.9 * mean + 0.1 * x_t.mean()
   close(loads(Model(), tmp_path).norm.running_mean.numpy(), [mean], atol=1e-5)

@@ -48,6 +48,12 @@ def test_both_ways_to_start_it_and_a_place_that_cannot_be_written(command, tmp_p
                      text=True)
   assert r.returncode == 1 and r.stderr.count("\n") == 1 and "cannot write" in r.stderr, r.stderr
 
+def test_the_template_is_not_written_over(monkeypatch):
+  template = (ROOT/"tools"/"page.html").read_bytes()
+  monkeypatch.chdir(ROOT/"tools")
+  refused(lambda: page.main([]), "page.html", "written over")
+  assert (ROOT/"tools"/"page.html").read_bytes() == template
+
 def test_any_name_and_a_schedule_of_ones_own(monkeypatch):
   """The script ends where page.html ends it, and the description is not a list of numbers."""
   for part in ("answers", "network"): monkeypatch.setattr(page, part, lambda *_: {})

@@ -98,6 +98,21 @@ def test_nothing_is_left_where_no_batch_was_finished(draw, tmp_path, monkeypatch
   with pytest.raises(KeyboardInterrupt): draw("a")
   assert not list(tmp_path.iterdir())
 
+def test_pictures_of_a_batch_that_was_not_finished_are_its_own(draw, tmp_path, monkeypatch):
+  """Stopped between a batch's pictures and the batch: the same command goes on."""
+  whole, save = draw("whole"), np.savez
+  def stopped(*given, **named): raise KeyboardInterrupt
+  monkeypatch.setattr(parts.np, "savez", stopped)
+  with pytest.raises(KeyboardInterrupt): draw("a", "--png a")
+  assert (tmp_path/"a"/"000003.png").exists()
+  monkeypatch.setattr(parts.np, "savez", save)
+  assert draw("a", "--png a") == whole and len(list((tmp_path/"a").iterdir())) == 10
+
+def test_labels_are_written_of_images_that_had_one(draw):
+  draw("a", "--guidance 0")
+  draw("b", "--guidance 2")
+  assert arrays("a").files == ["arr_0"] and arrays("b").files == ["arr_0", "arr_1"]
+
 def test_a_folder_in_use_is_left_alone(draw, tmp_path, monkeypatch):
   go_on = stop_after(monkeypatch, 1, KeyboardInterrupt())
   with pytest.raises(KeyboardInterrupt): draw("a")

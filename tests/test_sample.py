@@ -242,6 +242,9 @@ def test_raw_weights_and_the_newest_run(command, tmp_path):
   assert checkpoint.find(None, True) == "runs/new/last.safetensors"
   assert checkpoint.find("runs/old", True) == "runs/old/last.safetensors"
   assert checkpoint.find("owner/name", False) == "owner/name"
+  (tmp_path / "runs" / "begun").mkdir()
+  (tmp_path / "runs" / "begun" / "log.jsonl").touch()
+  refused(lambda: checkpoint.find("runs/begun"), "runs/begun", "has no ema.safetensors yet")
   command("--n 1 --raw --steps 2")
   assert command.loaded[-1] == ("model", True)
 
@@ -256,6 +259,7 @@ def test_wrong_arguments_are_one_sentence(command, line):
 def test_wrong_for_this_model(command):
   refused(lambda: command("--steps 13"), "steps must be from 1 to T = 12, not 13")
   refused(lambda: command("--class 2"), "--class 2", "0 to 1")
+  for line in ("--class 1", "--classes"): refused(lambda line=line: command(f"{line} --guidance 0"), "--guidance 0")
   command.meta["classes"] = ["cat", "dog"]
   refused(lambda: command("--class cow"), "--class cow", "cat, dog")
   refused(lambda: command("--class ²"), "--class ²", "cat, dog")

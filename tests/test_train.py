@@ -174,7 +174,7 @@ def test_weighted_times_measure_the_bound_whatever_is_predicted(predict):
     c = Config(T=50, beta_T=0.2, predict=predict, times="weighted")
     d, each, x0, t, eps = loss_at_each_time(c, model)
     x0, eps, (a, b, m0, mt, var) = x0.numpy(), eps.numpy(), (
-      np.reshape(v[1:], (-1, 1, 1, 1)) for v in (d.sqrt_alpha_bar, d.sqrt_noise, d.mu_x0, d.mu_xt, d.beta))
+      np.reshape(v[1:], (-1, 1, 1, 1)) for v in (d.sqrt_alpha_bar, d.noise_std, d.mu_x0, d.mu_xt, d.beta))
     x_t = a * x0 + b * eps
     out = model(f32(x_t), t).numpy()
     mu = {"x0": m0 * out + mt * x_t, "mu": out, "v": m0 * (a * x_t - b * out) + mt * x_t}[predict]
@@ -311,6 +311,18 @@ def test_flags_out_of_range(flags, match):
 def test_settings_that_do_not_go(tmp_path, changes, words):
   refused(lambda: fit(tmp_path/"run", **dict(beta_T=0.02) | changes), *words.split())
   assert not (tmp_path/"run").exists()
+
+def test_what_would_harm_or_be_ignored_is_refused(tmp_path):
+  """A run among its own images; the weights of a run whose state is gone; --fit where nothing is fitted."""
+  photos = pictures_in(tmp_path/"photos", 3)
+  before = sorted(photos.rglob("*"))
+  for out in (photos, photos/"run"): refused(lambda out=out: run(out, photos), str(out), "training images")
+  assert sorted(photos.rglob("*")) == before
+  (tmp_path/"run").mkdir()
+  for name in ("ema.safetensors", "log.jsonl"): (tmp_path/"run"/name).write_text("precious")
+  refused(lambda: fit(tmp_path/"run"), "last.safetensors", "--restart")
+  for name in ("ema.safetensors", "log.jsonl"): assert (tmp_path/"run"/name).read_text() == "precious"
+  refused(lambda: run(tmp_path/"other", "glyphs", "--fit", "pad"), "--fit", "glyphs")
 
 def test_help_names_every_field(capsys):
   with pytest.raises(SystemExit) as end: train.arguments(["--help"])

@@ -19,7 +19,7 @@ def test_docstrings_begin_with_the_number(name, number):
 
 @pytest.mark.parametrize("function, number", [
   (make_beta, "Section 4"), (discretized_log_likelihood, "Eq. 13"), (log_cdf, "Eq. 13"),
-  (evaluate.negative_log_likelihood, "Eq. 5"), (evaluate.bound, "Eq. 5"), (evaluate.times, "Eq. 5"),
+  (evaluate.variational_bound, "Eq. 5"), (evaluate.bound, "Eq. 5"), (evaluate.times, "Eq. 5"),
   (evaluate.trajectory_bound, "Eq. 3"), (sample.sample_ddpm, "Algorithm 2"), (sample.draw_x_T, "Algorithm 2, line 1"),
   (sample.ancestral_move, "Algorithm 2, line 4"), (samplers.ddim_move, "Eq. 12"), (samplers.heun, "DDIM, Eq. 14"),
   (samplers.ode, "Eq. 13"), (samplers.sde, "Eq. 6"), (samplers.reverse_sde, "Eq. 6"),

@@ -17,6 +17,7 @@ from ddpm import DDPM
 from engine.capture import captured, placed
 from engine.streams import normals, stream
 from engine.terminal import parser, run
+from extras.editing import keep
 from extras.guidance import labelling
 from files.atomic import atomic
 from sample import SAMPLERS, check_places, draw_x_T, image_shape, open_model, timesteps
@@ -64,7 +65,7 @@ def network(net:unet.UNet) -> dict:
 def chain(ddpm:DDPM, sampler:str, steps:int) -> dict:
   """A sampler's steps: the tables of their chain."""
   d = ddpm.every(timesteps(ddpm.T, steps))
-  tables = dict(a=d.sqrt_alpha_bar, b=d.sqrt_noise, mu_x0=d.mu_x0, mu_xt=d.mu_xt, sigma=np.sqrt(d.var))
+  tables = dict(a=d.sqrt_alpha_bar, b=d.noise_std, mu_x0=d.mu_x0, mu_xt=d.mu_xt, sigma=np.sqrt(d.var))
   return dict(sampler=sampler, steps=steps, times=d.times.tolist()) | {
     name: [float(f"{v:.9g}") for v in table.astype(np.float32)] for name, table in tables.items()}
 
@@ -112,6 +113,7 @@ def main(argv:list[str]|None=None):
   p.add_argument("--out", default="page.html", help="(default: %(default)s)")
   p.set_defaults(dtype="float32", tf32=False)
   check_places((a := p.parse_args(argv)).out)
+  keep([str(Path(__file__).with_suffix(".html"))], a.out)
   path, net, ddpm, meta = open_model(a)
   page = make(net, ddpm, meta).encode()
   with atomic(a.out) as f: f.write(page)
