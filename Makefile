@@ -10,13 +10,13 @@ INSTALL = $(PY) -m pip install -qq --disable-pip-version-check -r
 
 .PHONY: train sample evaluate page bench gpu-report backends test lint table2 box density gallery setup clean
 train: setup
-	@$(PY) train.py --dataset $(DATASET) $(ARGS)
+	@$(PY) train.py --dataset "$(DATASET)" $(ARGS)
 sample: setup
 	@$(PY) sample.py $(ARGS)
 evaluate: setup
 	@$(PY) evaluate.py $(ARGS)
 page: setup
-	@$(PY) -m tools.page --checkpoint $(CHECKPOINT) $(ARGS)
+	@$(PY) -m tools.page --checkpoint "$(CHECKPOINT)" $(ARGS)
 bench: setup
 	@$(PY) -m tools.bench $(ARGS)
 gpu-report: setup .venv/pytest
@@ -30,7 +30,7 @@ lint: .venv/pytest
 
 # Table 2 of the paper on a small budget: six runs, each with its bound
 table2: setup
-	@$(PY) figures.py table2 --dataset $(DATASET) $(ARGS)
+	@$(PY) figures.py table2 --dataset "$(DATASET)" $(ARGS)
 
 # The two models of checkpoints/, each from nothing by one run that goes on where it stopped, then in half precision.
 box: setup
@@ -46,8 +46,8 @@ HALF = import sys, numpy; from files import checkpoint; net, meta = checkpoint.l
 # the pictures of README.md, from the model in the box (needs MNIST: some begin with test images)
 CHECKPOINT ?= checkpoints/mnist.safetensors
 STEPS ?= 1000
-DRAW = $(PY) sample.py --checkpoint $(CHECKPOINT)
-FIGURE = $(PY) figures.py --checkpoint $(CHECKPOINT) --steps $(STEPS)
+DRAW = $(PY) sample.py --checkpoint "$(CHECKPOINT)"
+FIGURE = $(PY) figures.py --checkpoint "$(CHECKPOINT)" --steps $(STEPS)
 gallery: setup
 	@mkdir -p assets
 	@$(DRAW) --steps $(STEPS) --n 64 --out assets/samples.png
@@ -64,6 +64,7 @@ gallery: setup
 	@rm -rf runs/gallery assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
 
 setup: .venv/ready
+	@test -x $(PY) || { echo "the Python that .venv was made with is gone: make clean" >&2; exit 1; }
 	@sh ./setup.sh $(PY)
 
 .venv/ready: requirements.txt

@@ -53,7 +53,7 @@ class DDPM:
     self.sqrt_alpha, self.sqrt_beta = np.sqrt(self.alpha), np.sqrt(beta)
     self.sqrt_alpha_bar, self.noise_std = np.sqrt(self.alpha_bar), np.sqrt(noise_var)  # √(1−ᾱₜ)
     noise_var[0] = 1                                                        # or row 0 were 0/0
-    self.mu_x0 = np.sqrt(1 - prev) * beta / noise_var                       # Eq. 7: weights in μ̃
+    self.mu_x0 = np.append(1, self.sqrt_alpha_bar[:-1]) * beta / noise_var  # Eq. 7: weights in μ̃
     self.mu_xt, self.beta_tilde = np.sqrt(self.alpha) * prev / noise_var, prev / noise_var * beta
     self.var = self.beta_tilde if self.sigma == "beta_tilde" else beta      # Section 3.2: σₜ²
     # σ₁² of L_0: β̃₂ (the authors' code) or, if larger, β₁/2; for "beta" as well as where β̃₁ = 0

@@ -31,8 +31,8 @@ def variational_bound(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable[[int]
   noise(t) is the ε of x_t. This is the bound as the paper writes it; `bound` estimates it."""
   total = ddpm.prior_kl(x0)                                          # L_T
   for t in range(ddpm.T, 0, -1):                                     # L_{t-1}; at t = 1 L_0
-    x_t = ddpm.q_sample(x0, t, noise(t))
-    total = (total + ddpm.vlb_term(x0, x_t, t, model(x_t, t), clip)).realize()
+    x_t = ddpm.q_sample(x0, at := ddpm.time(x0, t), noise(t))
+    total = (total + ddpm.vlb_term(x0, x_t, at, model(x_t, at), clip)).realize()
   return total
 
 class Bound(NamedTuple):  # in bits/dim

@@ -3,25 +3,26 @@
 py=$1
 check() {  # says what is wrong: 1 what clang would not mend, 2 no clang and no other device
   PLAIN=1 "$py" -c 'if True:
-    import contextlib, io, sys
+    import contextlib, io, os, sys
     from engine.device import find_compiler, open_device
+    asked = os.environ.get("DEV") or "CPU"
     try:
       with contextlib.redirect_stderr(io.StringIO()): open_device()
-    except RuntimeError as e:
+    except (RuntimeError, ValueError, OSError) as e:
       print(e)
-      sys.exit(1 if find_compiler() else 2)'
+      sys.exit(2 if asked.upper().startswith("CPU") and type(e) is RuntimeError and not find_compiler() else 1)'
 }
 end() {
   [ -z "$message" ] || echo "$message" >&2
   exit $status
 }
 message=$(check); status=$?
-if [ $status -le 1 ] || [ "$(uname -s)" = Darwin ]; then end; fi
+if [ $status -ne 2 ] || [ "$(uname -s)" = Darwin ]; then end; fi
 
 as_root=
 [ "$(id -u)" = 0 ] || as_root="sudo -n"
 quietly() { $as_root env DEBIAN_FRONTEND=noninteractive "$@" >/dev/null 2>&1; }
-echo "tinygrad runs on the CPU here and needs clang, best 18 or newer: trying to install it" >&2
+echo "tinygrad runs on the CPU here and needs clang, preferably version 18 or newer: trying to install it" >&2
 if command -v apt-get >/dev/null; then
   quietly apt-get update -qq
   for clang in clang-19 clang-18 clang; do quietly apt-get install -y -qq --no-install-recommends $clang && break; done

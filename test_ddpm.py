@@ -13,7 +13,7 @@ from ddpm import DDPM, column, discretized_log_likelihood, log_cdf
 from engine.streams import stream
 from evaluate import bound, variational_bound, times, trajectory_bound
 from extras import objectives
-from extras.samplers import ddim_move
+from extras.samplers import ddim_move, sde
 from sample import SAMPLERS, draw_x_T, timesteps
 from tinygrad import Tensor, TinyJit
 
@@ -449,9 +449,10 @@ def test_eq12_is_eq8_in_terms_of_eps(sigma, times):
   assert c.vlb_weight(1) == pytest.approx(beta_1 / (2 * var_1 * (1 - beta_1)), rel=1e-9)
 
 def exact_prior(d, x0):
-  """L_T = KL(N(√ᾱ x₀, 1−ᾱ) ‖ N(0, 1)) of each image in float64, bits/dim."""
+  """L_T = KL(N(√ᾱ x₀, 1−ᾱ) ‖ N(0, 1)) of each image by integration, bits/dim."""
   a = d.alpha_bar[-1]
-  return 0.5 * (a * x0**2 - a - np.log1p(-a)).mean((1, 2, 3)) / math.log(2)
+  nats = [kl_by_integration(math.sqrt(a) * v, 1 - a, 0, 1) for v in x0.ravel()]
+  return np.reshape(nats, x0.shape).mean((1, 2, 3)) / math.log(2)
 
 def exact_term(d, x0, i, eps, answer, clip=True, visits=None):
   """Eq. 5's term of one image at step i of the chain of `visits`, [0, ..., T], in float64. answer: out, or that of x_t.
@@ -565,6 +566,9 @@ def test_weighted_times_are_importance_sampling(predict, min_snr):
   want = objectives.vlb_share(d)[1:]
   if min_snr: want = want * np.minimum(1, min_snr * (1 - d.alpha_bar[1:]) / d.alpha_bar[1:])
   close(share[1:], want / want.sum(), rtol=1e-9)
+  if not min_snr:  # ᾱ/(1−ᾱ) is 4.036e-5 at T: there it is drawn √ of that as often as Eq. 12 counts it
+    often = drawn[1:] / d.vlb_weight(np.arange(1, 1001))
+    assert often[-1] / often[0] == pytest.approx(math.sqrt(4.036e-5), rel=1e-3)
   for loss, counts in (("simple", share[1:]), ("vlb", np.full(1000, 1 / 1000))):
     c = types.SimpleNamespace(times="weighted", loss=loss, min_snr=min_snr)
     close(drawn[1:] * num(objectives.time_weights(d, c))[1:], counts, rtol=1e-5)
@@ -609,8 +613,9 @@ def test_eq5_term_by_term(sigma, predict, clip):
 def test_eq5_as_it_is_written():
   d, k = DDPM(3, 1e-3, 0.3), some_images(2, (1, 1, 2))
   def noise(t): return f32(np.stack([the_noise(5, i, t, k.shape[1:]) for i in range(2)]))
-  got = variational_bound(d, lambda x, t: 0.7 * x, f32(scaled(k)), noise)
-  def terms(i, x0): return [exact_term(d, x0, t, the_noise(5, i, t, x0.shape), lambda x: 0.7 * x).L for t in (1, 2, 3)]
+  got = variational_bound(d, lambda x, t: 0.7 * x + 0.1 * t.float().reshape(2, 1, 1, 1), f32(scaled(k)), noise)
+  def term(i, x0, t): return exact_term(d, x0, t, the_noise(5, i, t, x0.shape), lambda x: 0.7 * x + 0.1 * t).L
+  def terms(i, x0): return [term(i, x0, t) for t in (1, 2, 3)]
   close(got.numpy(), exact_prior(d, scaled(k)) + [sum(terms(i, x0)) for i, x0 in enumerate(scaled(k))], rtol=2e-4)
 
 def test_eq5_nears_the_closed_form_as_T_grows_and_stays_above():
@@ -798,6 +803,21 @@ def test_ode_and_dpm_are_of_second_order_and_ddim_of_first():
   ode, dpm, ddim = [[error(name, steps) for steps in (20, 40)] for name in ("ode", "dpm", "ddim")]
   assert 3.2 < ode[0] / ode[1] < 5 and 1.8 < ddim[0] / ddim[1] < 2.3 and ddim[1] > 5 * ode[1]
   assert 3.2 < dpm[0] / dpm[1] < 5 and ddim[1] > 2 * dpm[1]
+
+def test_weights_where_nothing_of_the_image_is_left():
+  """ᾱ_t is far below the last digit of 1 − ᾱ_t there: Eq. 7's weight of x_0, by which an answer in μ is divided."""
+  d = DDPM(4000, predict="mu")
+  want = [math.exp(0.5 * math.fsum(np.log1p(-d.beta[1:t]))) * d.beta[t] for t in (3900, 4000)]
+  assert d.alpha_bar[-1] < 1e-17 and d.mu_x0[[3900, 4000]] == pytest.approx(want, rel=1e-9)
+
+def test_the_reverse_sdes_steps_are_right_where_they_are_tiny():
+  """β = 8.6e-8 and α is 1 − 6e-8 or 1 − 1.2e-7 in float32. With ε̂ = 0 and z = 1 the step is √B = √−log α."""
+  d = DDPM(1000, 4e-6, 0.021, schedule="geometric")
+  (move,), _ = sde(d, d)
+  x = f32(np.zeros((1, 1, 1, 1)))
+  assert d.beta[2] < 1e-7
+  moved = move(d, lambda x, t: x * 0, x, at_times(2), x + 1, True)[0].item()
+  assert moved == pytest.approx(math.sqrt(d.beta[2]), rel=1e-5)
 
 def test_sde_is_its_equation_6_and_pc_adds_langevin():
   d = short(20)

@@ -88,19 +88,21 @@ def frechet(a:np.ndarray, b:np.ndarray) -> float:
   cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
   return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * cross)
 
-def report_lenet(samples:np.ndarray, real:np.ndarray, images:np.ndarray, known:data.Dataset, split:str) -> dict:
-  """--lenet at the terminal, by three LeNets: the distance of samples, and of as many training images `real`, from
-  `images`; and how many of them a LeNet is sure of. All uint8 (n, C, H, W). Returns the numbers by name."""
+def report_lenet(samples:np.ndarray, real:np.ndarray|None, images:np.ndarray, known:data.Dataset, split:str) -> dict:
+  """--lenet at the terminal, by three LeNets: the distance of samples, and of training images `real`, if given, from
+  `images`; and of how many samples and `images` a LeNet is sure. All uint8 (n, C, H, W). Returns them by name."""
+  about = {"Fréchet_LeNet_distance": f"{len(samples)} samples to {len(images)} {split} images",
+           "sure": f"% of samples of which a LeNet is sure (probability > {SURE})",
+           f"sure_of_{split}_images": "% of them"}
+  if real is not None: about["of_training_images"] = f"{len(real)} of them"
   rows = []
   for seed in range(SEEDS):
     net = trained(known, seed)
-    (a, p), (b, q), (c, _) = answers(net, samples), answers(net, real), answers(net, images)
-    rows.append([frechet(a, c), frechet(b, c), 100 * (p.max(1) > SURE).mean(), 100 * (q.max(1) > SURE).mean()])
-  mean, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
-  about = (f"{len(samples)} samples to {len(images)} {split} images", "of as many training images",
-           f"% of samples of which a LeNet is sure (probability > {SURE})", "% of training images")
-  names = "Fréchet_LeNet_distance", "of_training_images", "sure", "sure_of_training_images"
-  table(**{name: (m, f"± {s:.3f} over {SEEDS} LeNets: {text}") for name, m, s, text in zip(names, mean, spread, about)})
+    (a, p), (b, q) = answers(net, samples), answers(net, images)
+    rows.append([frechet(a, b), *(100 * (v.max(1) > SURE).mean() for v in (p, q))])
+    if real is not None: rows[-1].append(frechet(answers(net, real)[0], b))
+  names, mean, spread = [*about], np.mean(rows, 0), np.std(rows, 0, ddof=1)
+  table(**{name: (m, f"± {s:.3f} over {SEEDS} LeNets: {about[name]}") for name, m, s in zip(names, mean, spread)})
   return {name: {"mean": m, "each": [row[i] for row in rows]} for i, (name, m) in enumerate(zip(names, mean))}
 
 # *** are they training images? ***

@@ -28,10 +28,10 @@ def chances(ddpm:DDPM, min_snr:float=0) -> tuple[np.ndarray, np.ndarray]:
   """--times weighted: two distributions over t, (T+1,) each: what each t should count for in the mean loss, and how
   often it is drawn.
 
-  It is importance sampling. Drawn evenly, t = 1, with up to half of the bound, would come once in T. Drawn as Eq. 12
-  weights it, a third of all draws would be times at which nothing of x_0 is left and ε is easy. So where the signal is
-  weaker than the noise, t is drawn √(ᾱ/(1−ᾱ)) times as often, and counts for more when it is. min_snr weights the times
-  by `min_snr_weight` as well, and draws them by its root."""
+  It is importance sampling. Drawn uniformly, t = 1, with up to half of the bound, would come once in T. Drawn as Eq. 12
+  weights it, of the linear schedule a third of all draws would be times at which nothing of x_0 is left and ε is easy.
+  So where the signal is weaker than the noise, t is drawn √(ᾱ/(1−ᾱ)) times as often, and counts for more when it is.
+  min_snr weights the times by `min_snr_weight` as well, and draws them by its root."""
   snr = ddpm.alpha_bar / (1 - ddpm.alpha_bar).clip(1e-12)
   clear = min_snr_weight(ddpm, min_snr) if min_snr else np.ones(ddpm.T + 1)
   eps_share = np.append(0, ddpm.vlb_weight(np.arange(1, ddpm.T + 1)))
@@ -57,8 +57,9 @@ def time_weights(ddpm:DDPM, c) -> Tensor|None:
 def without_clipped(ddpm:DDPM, x0:Tensor, x_t:Tensor, t:Tensor, eps:Tensor, out:Tensor) -> Tensor:
   """--clip-x0: the network's answer, replaced by its target wherever the clipped x̂_0 already equals x_0. Those pixels
   give no gradient."""
-  exact = (ddpm.predict_x0(x_t, t, out).clip(-1, 1) - x0).abs() < 1e-5
-  return exact.where(ddpm.target(x0, x_t, t, eps), out)
+  exact, answer = (ddpm.predict_x0(x_t, t, out).clip(-1, 1) - x0).abs() < 1e-5, ddpm.answer(x0, out)
+  kept = exact.where(ddpm.target(x0, x_t, t, eps), answer)
+  return kept if ddpm.sigma != "learned" else kept.cat(out[:, x0.shape[1]:], dim=1)  # log σ² stays
 
 def held_out(c, null:int, how:dict, drawn:np.ndarray|None) -> tuple[np.ndarray, ...]|None:
   """Up to 512 images apart from the training set, with t (evenly spread, or as `drawn` for training), ε and labels,
@@ -69,7 +70,7 @@ def held_out(c, null:int, how:dict, drawn:np.ndarray|None) -> tuple[np.ndarray, 
   if not found.heldout: return None
   rng, n = stream(c.seed, "held-out images"), min(512, len(found.images))
   index = np.sort(rng.choice(len(found.images), n, replace=False))
-  t = rng.permutation(1 + np.arange(n) * c.T // n).astype(np.int32)
+  t = rng.permutation(1 + (2 * np.arange(n) + 1) * c.T // (2 * n)).astype(np.int32)  # the middles of n strata
   if drawn is not None: t = weighted_times(drawn, n, rng)
   y = found.labels[index] if c.class_conditional else np.full(n, null, np.int32)
   return found.images[index], t, rng.standard_normal((n, *found.images.shape[1:]), np.float32), y

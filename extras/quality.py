@@ -59,7 +59,8 @@ def sliced_wasserstein(a:np.ndarray, b:np.ndarray, directions:int=1000, seed:int
   return float(np.sqrt(np.square(along(a) - along(b)).mean()))
 
 def compare_samples(a:argparse.Namespace):
-  """--samples at the terminal: their distance to the images, and that of as many training images; --lenet, --nearest.
+  """--samples at the terminal: their distance to the images and, where these are apart from the training images, that
+  of as many training images, if there are as many; --lenet, --nearest.
 
   a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint. With one, --checkpoint
   says how they are read.
@@ -76,22 +77,23 @@ def compare_samples(a:argparse.Namespace):
   samples, images, real = values(made)[:a.n], values(found), values(known)
   if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
     raise ValueError(f"{a.samples} holds {samples.dtype} {samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
+  apart = a.split == "test" and found.heldout  # from the training images, whose distance then says something
   real = real[choose(len(real), len(samples), a.seed, "other images")]
   if (a.lenet or a.nearest) and found.limits:
     raise ValueError(f"--lenet and --nearest are for 8 bits, but {name} has floats")
   if a.lenet and (len(known.classes) < 2 or len(samples) < 2):
     raise ValueError(f"--lenet needs classes and two samples or more: {name} has {len(known.classes)} classes")
   low, high = found.limits or (0, 255)
-  result:dict = {"n": len(samples), "sliced_wasserstein": sliced_wasserstein(samples, images, seed=a.seed),
-            "sliced_wasserstein_of_training_images": sliced_wasserstein(real, images, seed=a.seed)}
+  result:dict = {"n": len(samples), "sliced_wasserstein": sliced_wasserstein(samples, images, seed=a.seed)}
   table(sliced_Wasserstein_distance=(result["sliced_wasserstein"],
-                                     f"of {high - low:g}, {len(samples)} samples to {len(images)} {a.split} images"),
-        of_as_many_training_images=(result["sliced_wasserstein_of_training_images"],))
-  if a.lenet: result["lenet"] = lenet.report_lenet(samples, real, images, known, a.split)
+                                     f"of {high - low:g}, {len(samples)} samples to {len(images)} {a.split} images"))
+  if apart:
+    result["sliced_wasserstein_of_training_images"] = sliced_wasserstein(real, images, seed=a.seed)
+    table(of_training_images=(result["sliced_wasserstein_of_training_images"], f"{len(real)} of them"))
+  if a.lenet: result["lenet"] = lenet.report_lenet(samples, real if apart else None, images, known, a.split)
   if a.nearest:
-    apart = images[choose(len(images), len(samples), a.seed, "evaluated images")]
-    if a.split == "train" or not found.heldout: apart = None
-    result["nearest"] = lenet.report_nearest(samples, known, apart, a.nearest, beside(a.samples))
+    tests = images[choose(len(images), len(samples), a.seed, "evaluated images")] if apart else None
+    result["nearest"] = lenet.report_nearest(samples, known, tests, a.nearest, beside(a.samples))
   if a.json and not hosts.rank(): write_json(a.json, result)
 
 def beside(samples:str) -> str:

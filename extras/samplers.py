@@ -85,14 +85,14 @@ def multistep(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, before:Tensor, clip:
 
 def sde(ddpm:DDPM, chain:DDPM) -> Moves:
   """The reverse-time VP-SDE by Euler-Maruyama, Song et al. 2021, Eq. 6."""
-  return [reverse_sde], True
+  return [functools.partial(reverse_sde, B=table(-np.log1p(-chain.beta)))], True
 
-def reverse_sde(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool):
+def reverse_sde(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool, B:Tensor):
   """Eq. 6 and 11 of Song et al. 2021: dx = [−½ β(t) x − β(t) ∇log q(x)] dt + √β(t) dw, backwards in time.
 
   The noise of the step, B = ∫ β(τ) dτ = −log α_t, and the score −ε̂/√(1−ᾱ_t) are those of the discrete chain."""
   x0_hat, eps_hat = denoise(d, model, x_t, t, clip)
-  B, score = -d.at(d.alpha, t, x_t).log(), -eps_hat / d.at(d.noise_std, t, x_t)
+  B, score = column(B[t], x_t), -eps_hat / d.at(d.noise_std, t, x_t)
   return x_t + B * (x_t / 2 + score) + B.sqrt() * z, x0_hat  # xₜ₋₁ = xₜ + B (½ xₜ + ∇log q) + √B z
 
 def pc(ddpm:DDPM, chain:DDPM, snr:float=0.16) -> Moves:
@@ -102,7 +102,7 @@ def pc(ddpm:DDPM, chain:DDPM, snr:float=0.16) -> Moves:
   for the ratio of the norms, so that no image depends on its batch. α_t is the whole chain's."""
   within("snr", snr, 1e-9, 1e9)
   alpha = ddpm.alpha[np.searchsorted(ddpm.times, chain.times)]
-  return [functools.partial(langevin_move, r=table(2 * snr**2 * alpha)), reverse_sde], True
+  return [functools.partial(langevin_move, r=table(2 * snr**2 * alpha)), *sde(ddpm, chain)[0]], True
 
 def langevin(ddpm:DDPM, chain:DDPM, inner:int=5, r:float=0.2) -> Moves:
   """Annealed Langevin dynamics, NCSN (Song & Ermon 2019, arXiv:1907.05600), Algorithm 1: `inner` steps at each t.

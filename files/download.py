@@ -1,5 +1,5 @@
 """Models from the hub, owner/name or owner/name@revision, as `files.hub` reads them: found here or fetched."""
-import fcntl, http.client, os, re, urllib.error, urllib.parse, urllib.request
+import fcntl, http.client, os, re, sys, urllib.error, urllib.parse, urllib.request
 from pathlib import Path
 from typing import Any, BinaryIO
 from tinygrad import helpers
@@ -73,7 +73,9 @@ def fetch(url:str, path:Path, desc:str):
   part, tag = path.with_name(path.name+".part"), path.with_name(path.name+".etag")
   with open(part, "ab") as f:
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: raise OSError("another program is downloading it") from None
+    except BlockingIOError:
+      print(f"waiting for another program, which downloads {desc}", file=sys.stderr)
+      fcntl.flock(f, fcntl.LOCK_EX)
     except OSError: pass  # a file system without locks
     try:
       while not path.is_file():
@@ -81,7 +83,8 @@ def fetch(url:str, path:Path, desc:str):
         try: receive(url, f, tag, desc)
         except urllib.error.HTTPError as e:
           if not begun or e.code != 416: raise
-          f.truncate(f.seek(0))  # what is here is no part of what is there
+          try: finish(f, path)  # is all of it here already?
+          except OSError: f.truncate(f.seek(0))  # no, what is here is no part of what is there
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
           if f.tell() <= begun: raise OSError(getattr(e, "reason", e)) from e
         else: finish(f, path)

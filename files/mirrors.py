@@ -159,8 +159,8 @@ def download(name:str, file:str) -> Path:
         if not has_digest(f, SHA256[name][file]): raise ValueError("its SHA-256 is not the published one")
       return path
     except (OSError, ValueError) as e: failures.append(f"{mirror.split('/')[2]}: {e}")
-  raise OSError(f"{file} of {name} could not be downloaded ({'; '.join(failures)}): put it into {path.parent} or set "
-                "DATA_DIR to the folder that has it")
+  raise OSError(f"{file} of {name} could not be downloaded ({'; '.join(failures)}): put it into {path.parent}, or set "
+                f"DATA_DIR to where it is in a folder {name}")
 
 def fetch(url:str) -> Iterator[bytes]:
   """The bytes at an address, in pieces. ValueError if it does not answer or sends too many."""
@@ -170,6 +170,7 @@ def fetch(url:str) -> Iterator[bytes]:
       for chunk in progress(iter(lambda: reply.read(1 << 18), b""), url.rsplit("/", 1)[1], length, weigh=len):
         if (total := total + len(chunk)) > LIMIT: raise ValueError("it is far too long")
         yield chunk
+    if total < length: raise ValueError("the connection broke off")
   except (OSError, http.client.HTTPException) as e: raise ValueError(f"no answer ({e})") from e
 
 def has_digest(f:IO, sha256:str) -> bool:

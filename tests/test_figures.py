@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 from common import close, refused
-import data
+import data, evaluate
 from ddpm import DDPM
 from engine.streams import stream
 from test_sample import in_the_box
@@ -25,6 +25,11 @@ def drawn(monkeypatch):
     return sampler(d, model, x_T, steps, *args, **options)
   monkeypatch.setattr(figures.sample, "sample_ddpm", counting)
   return calls
+
+def test_figure_5_counts_what_is_spent_beyond_each_time():
+  L, zero = np.array([[3., 2, 1]] * 2), np.zeros((2, 3))
+  b = evaluate.Bound(np.full(2, 6.5), np.full(2, 0.5), np.array([[1, 2, 3]] * 2), np.ones(3), L, zero, zero + 0.04)
+  assert figures.rate_distortion(3, b) == pytest.approx(np.array([[3, 0.5, 25.5], [2, 1.5, 25.5], [1, 3.5, 25.5]]))
 
 def test_figure_6(unlabelled):
   unlabelled("--n 2", ["6"])

@@ -231,6 +231,11 @@ def test_what_a_file_leaves_open_is_left_open(tmp_path):
   checkpoint.save(tmp_path/"a.safetensors", random_model(), {"how": None, "classes": None, "limits": None})
   assert checkpoint.load(tmp_path/"a.safetensors")[1].keys() == {"unet"}
 
+def test_bfloat16_is_the_upper_half_of_float32(tmp_path):
+  head = b'{"x":{"dtype":"BF16","shape":[3],"data_offsets":[0,6]}}  '
+  (tmp_path/"a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes.fromhex("803F 20C0 4940"))
+  assert read_tensors(tmp_path/"a.safetensors")[0]["x"].tolist() == [1, -2.5, 3.140625]
+
 def test_low_precision_is_kept_and_read(tmp_path):
   """float16 as asked for; the weights of a network in bfloat16 as float32 of the same value."""
   model = unet.lower(random_model(), unet.DTYPES["bfloat16"])

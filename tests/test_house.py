@@ -46,12 +46,13 @@ def test_no_circle():
     for name in free: del left[name]
   assert not left
 
-def test_importing_changes_nothing(tmp_path):
-  """Neither the environment, nor tinygrad, nor Python's settings, nor a file; no device is opened."""
+@pytest.mark.parametrize("turn", (1, -1))
+def test_importing_changes_nothing(tmp_path, turn):
+  """In any order: neither the environment, nor tinygrad, nor Python's settings, nor a file; no device, no thread."""
   needed = {"tools.torch_peer": "torch"}
-  names = [n for n in NAMES if importlib.util.find_spec(needed.get(n, "numpy"))]
+  names = [n for n in NAMES if importlib.util.find_spec(needed.get(n, "numpy"))][::turn]
   code = f"""
-import importlib, os, signal, sys, warnings
+import importlib, os, signal, sys, threading, warnings
 import numpy, PIL.Image, tinygrad
 for name in {sorted(theirs())!r}: importlib.import_module(name)
 def state():
@@ -68,11 +69,11 @@ before, variables = state(), len(os.environ)
 for name in {names!r}: importlib.import_module(name)
 after = state()
 print([k for k, v in before.items() if k not in after or v is not after[k] and v != after[k]])
-print(len(os.environ) - variables, sorted(tinygrad.Device._opened_devices))
+print(len(os.environ) - variables, sorted(tinygrad.Device._opened_devices), threading.active_count())
 """
   env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
   done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-  assert done.stdout == "[]\n0 []\n" and not done.stderr, done.stdout + done.stderr
+  assert done.stdout == "[]\n0 [] 1\n" and not done.stderr, done.stdout + done.stderr
   assert not [f for f in tmp_path.rglob("*") if f.is_file()]
 
 def theirs():

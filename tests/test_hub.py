@@ -1,5 +1,5 @@
 """diffusers' layout and the hub: known answers, what is kept and what is refused, and downloads from a server here."""
-import contextlib, gzip, http.server, json, os, re, shutil, subprocess, sys, threading
+import contextlib, fcntl, gzip, http.server, json, os, re, shutil, subprocess, sys, threading
 from pathlib import Path
 import numpy as np
 import pytest
@@ -330,6 +330,7 @@ def server(tmp_path, monkeypatch):
   for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"): monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
   monkeypatch.setenv("HF_HOME", str(tmp_path/"huggingface"))
+  monkeypatch.setenv("no_proxy", "*")
   monkeypatch.setattr(helpers, "cache_dir", str(tmp_path/"cache"))
   yield server
   server.shutdown()
@@ -454,14 +455,26 @@ def test_what_another_program_left_is_gone_on_with(server, tmp_path):
   publish(server, tmp_path, "owner/name@main", model := random_model())
   body, place = server.files[f"owner/name@main/unet/{WEIGHTS}"], tmp_path/"cache/downloads/owner/name@main/unet"
   for tag, left, status in ((f'"{hash(body)}"', body[:1000], 206), ('"older"', b"x" * 1000, 200),
-                            (f'"{hash(body)}"', body + b"x", 416)):
+                            (f'"{hash(body)}"', body + b"x", 416), (f'"{hash(body)}"', body, 416)):
+    server.log.clear()
     place.mkdir(parents=True)
     (place/f"{WEIGHTS}.part").write_bytes(left)
     (place/f"{WEIGHTS}.etag").write_text(tag)
     assert same(checkpoint.load("owner/name")[0], model)
-    assert (f"unet/{WEIGHTS}", status, f"bytes={len(left)}-") in server.log
+    asked = [entry[1:] for entry in server.log if entry[0] == f"unet/{WEIGHTS}"]
+    assert asked == [(status, f"bytes={len(left)}-")] + [(200, None)] * (len(left) > len(body))  # the whole is taken
     assert sorted(p.name for p in place.iterdir()) == ["config.json", WEIGHTS]
     shutil.rmtree(tmp_path/"cache")
+
+def test_of_two_programs_one_downloads_and_the_other_waits(server, tmp_path, capsys):
+  publish(server, tmp_path, "owner/name@main", model := random_model())
+  place = tmp_path/"cache/downloads/owner/name@main/unet"
+  place.mkdir(parents=True)
+  other = open(place/f"{WEIGHTS}.part", "ab")  # noqa: SIM115
+  fcntl.flock(other, fcntl.LOCK_EX)
+  threading.Timer(0.5, other.close).start()
+  assert same(checkpoint.load("owner/name")[0], model)
+  assert other.closed and "waiting for another program" in capsys.readouterr().err
 
 def test_a_failed_download_is_kept_and_is_no_model(server, tmp_path, monkeypatch):
   publish(server, tmp_path, "owner/name@main", model := random_model())

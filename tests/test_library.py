@@ -98,10 +98,8 @@ def test_weights_with_two_names(tmp_path):
   assert state.size == 64
   close(state.flat["grad"].numpy()[:64].reshape(1, 8, 8), want, rtol=1e-4, atol=1e-6)
   out = fit(tmp_path, model=model, steps=2)
-  assert np.array_equal(model.a.numpy(), model.b.numpy())
-  assert set(read_tensors(out/"ema.safetensors")[0]) == {"a", "b"}
-  again = loads(Tied(), out)
-  close(again.a.numpy(), again.b.numpy(), rtol=0)
+  saved = read_tensors(out/"ema.safetensors")[0]
+  assert set(saved) == {"a", "b"} and np.array_equal(saved["a"], saved["b"])
   fit(tmp_path, model=Tied(), steps=3)
   assert saved_step(tmp_path) == 3
 
@@ -247,13 +245,6 @@ def test_a_schedule_of_ones_own_and_labels_that_are_always_shown(tmp_path):
   refused(lambda: fit(tmp_path/"other", T=4, schedule=own), "T = 4 numbers")
 
 # *** around it ***
-
-@pytest.mark.parametrize("name", sample.SAMPLERS)
-def test_an_unknown_option_is_one_sentence(name):
-  x_T = sample.draw_x_T(1, (1, 2, 2), 0)
-  def draw(**options): return sample.SAMPLERS[name](DDPM(5), lambda x, t: x, x_T, 2, **options)
-  refused(lambda: draw(warmth=0.5), "no option 'warmth'")
-  if name != "ddim": refused(lambda: draw(eta=0.5), "no option 'eta'")
 
 def in_a_thread(call):
   """What it returns, or its exception."""

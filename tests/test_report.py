@@ -1,5 +1,5 @@
 """make gpu-report: every part is in the file, whatever happens to it; PyTorch's network is ours."""
-import fcntl, json, os, subprocess, sys, time
+import fcntl, json, os, re, subprocess, sys, time
 import numpy as np
 import pytest
 from common import ROOT, arr, close, random_model
@@ -60,9 +60,9 @@ def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, ca
 
 def test_no_part_outlives_the_whole(tmp_path, monkeypatch):
   monkeypatch.setattr(report, "PARTS", [(name, 480, part("import time; time.sleep(600)")) for name in "ab"])
-  report.main(["--out", str(tmp_path/"report.md"), "--minutes", "0.03"])
+  report.main(["--out", str(tmp_path/"report.md"), "--minutes", "0.06"])
   first, second = (tmp_path/"report.md").read_text().split("\n## ")[1:]
-  assert "cut off after 2 s" in first and "No time was left" in second
+  assert re.search(r"cut off after \d s", first) and "No time was left" in second
 
 @pytest.mark.parametrize("device,types", [("CUDA", 4), ("METAL", 3)])
 def test_what_a_card_is_asked(device, types, tmp_path, monkeypatch):

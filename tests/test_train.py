@@ -13,7 +13,7 @@ from extras import objectives
 from files import checkpoint, pictures
 from files.weights import read_tensors, write_tensors
 from PIL import Image
-from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers
+from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers, nn
 import data, sample, train
 from ddpm import DDPM
 from train import Config
@@ -208,6 +208,16 @@ def test_no_error_that_clipping_mends(loss):
     want = (want * d.beta[t] / (d.alpha[t] * (1 - d.alpha_bar[t])) + ratio - 1 - np.log(ratio)) / 2 / math.log(2)
   close(got, want, rtol=2e-4)
 
+def test_a_learned_variance_is_trained_where_clipping_mends_the_mean():
+  """--clip-x0 with --sigma learned: log σ² is the network's everywhere, and its term is Eq. 8's with μ̃ = μ."""
+  c, d = Config(T=50, clip_x0=True, loss="vlb", sigma="learned"), DDPM(T=50, sigma="learned")
+  x, t = np.zeros((4, 1, 8, 8), np.uint8), np.full(4, 30, np.int32)   # black, and ε < 0: x̂_0 is below −1 everywhere
+  eps, log_var = -np.abs(rng(8).standard_normal(x.shape)).astype(np.float32) - 0.01, np.log(d.beta[30]) + 0.3
+  def model(x, t): return (x * 0).cat(x * 0 + log_var, dim=1)
+  got = train.make_loss(d, c)(model, Tensor(x), Tensor(t), Tensor(eps), Tensor(t * 0)).numpy()
+  r = d.beta_tilde[30] / math.exp(log_var)
+  close(got, (r - 1 - math.log(r)) / 2 / math.log(2), rtol=1e-4)
+
 @pytest.mark.parametrize("dropout", (0.1, 0.0))
 def test_dropout_has_the_seeds_that_were_drawn(dropout):
   """In training alone, where there is any."""
@@ -238,6 +248,9 @@ def test_every_t_is_trained_and_the_draws_are_independent():
   for other in (t, sample.draw_x_T(len(t), (1, 1, 1), c.seed).numpy().ravel()):
     assert np.abs([np.corrcoef(other, flat[:, j])[0, 1] for j in range(0, 64, 8)]).max() < 5/np.sqrt(len(t))
   assert len({d.eps.tobytes() for d in draws}) == 200
+  drawn = objectives.chances(DDPM(T=20))[1]
+  for n in (1, 2):  # --times weighted: one from each of 64 equal strata
+    assert np.abs(np.bincount(train.draw(c, x, y, 10, n, drawn).t, minlength=21) - 64*drawn).max() < 1 + 1e-6
   assert abs(np.mean([d.y == 10 for d in draws]) - 0.1) < 0.02  # labels dropped
   for p in (0.0, 1.0):
     dropped = train.draw(dataclasses.replace(c, drop_labels=p), x, y, 10, 1).y
@@ -263,8 +276,8 @@ def test_warm_up_and_average():
 def test_defaults_are_the_papers_and_presets_know_better():
   c = train.arguments(["--dataset", "cifar10"])
   assert dataclasses.replace(c, dataset="glyphs", out="runs/<dataset>", flip=False) == Config() and c.flip
-  assert (c.T, c.beta_1, c.beta_T, c.batch, c.lr, c.ema, c.dropout, c.steps) == (1000, 1e-4, 0.02, 128, 2e-4, 0.9999,
-                                                                                 0.1, 800_000)
+  assert (c.T, c.beta_1, c.beta_T, c.batch, c.lr, c.ema, c.dropout, c.steps, c.warmup, c.clip) == (
+    1000, 1e-4, 0.02, 128, 2e-4, 0.9999, 0.1, 800_000, 5000, 1.0)
   papers = {k: p.default for k, p in inspect.signature(UNet).parameters.items()}
   assert papers | train.network(c, (1, 3, 32, 32), 0) == papers
   assert train.arguments([]).dataset == "glyphs" and train.arguments([]).out == "runs/glyphs"
@@ -341,11 +354,12 @@ def test_the_program_ends_with_one_sentence(flags, says, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("init", (False, True))
 @pytest.mark.parametrize("env,says", [
-  ({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang")])
+  ({"DEV": "NOSUCH"}, "NOSUCH"), ({"DEV": "CPU", "CC": "no-such-compiler"}, "clang"),
+  ({"DEV": "CPU", "CACHEDB": "cache.db"}, "whole path"), ({"DEV": "CPU", "CACHEDB": "/proc/no/c.db"}, "/proc/no/c.db")])
 def test_no_device_and_no_compiler(tmp_path, env, says, init):
   flags = ["--init", str(ROOT/"checkpoints"/"mnist.safetensors")] if init else []
   r = subprocess.run([sys.executable, str(ROOT/"train.py"), "--out", str(tmp_path/"r"), *flags], capture_output=True,
-                     text=True, env={**os.environ, **env, "CACHEDB": str(tmp_path/"cache.db")})
+                     text=True, env={**os.environ, "CACHEDB": str(tmp_path/"cache.db"), **env})
   assert r.returncode and says in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
 
 # *** runs that go on ***
@@ -366,6 +380,11 @@ def test_resume_is_exact(tmp_path, whole, images):
   with open(tmp_path/"b"/"log.jsonl", "a") as f: f.write('{"step": 7, "loss": 0}\n{"st')  # as a killed run leaves it
   run(tmp_path/"b", images, "--class-conditional", "--steps", 40, "--save-every", 20)
   assert same(whole, tmp_path/"b") and len(losses(whole)) == 40
+  saved = read_tensors(whole/"last.safetensors")[0]
+  for raw, key in ((True, "raw"), (False, "ema")):
+    state = nn.state.get_state_dict(checkpoint.load(whole/"last.safetensors", raw)[0])
+    assert all(np.array_equal(v.numpy(), saved[f"{key}.{k}"]) for k, v in state.items())
+  assert not np.array_equal(saved["raw.conv_in.weight"], saved["ema.conv_in.weight"])
 
 def test_a_run_of_the_program_before_goes_on(tmp_path, whole, images):
   """It knew fewer settings, and knew what lies in memory by other names; what came later was off."""
@@ -466,11 +485,11 @@ def test_changed_settings_are_noted(tmp_path, capsys):
   middle = read_tensors(tmp_path/"last.safetensors")[0]
   new = dict(lr=1e-9, batch=16, ema=0.5, anneal=100, min_snr=3.0)
   fit(tmp_path, steps=3, change=True, **new)
-  *_, second, note, third = log(tmp_path)
+  (*_, second, note, third), err = log(tmp_path), capsys.readouterr().err
   assert (second["step"], note["step"], third["step"]) == (2, 2, 3) and third["lr"] == pytest.approx(0.98e-9)
   for words in ("lr from 0.001 to 1e-09", "batch from 8 to 16", "ema from 0.9999 to 0.5", "anneal from 0 to 100",
                 "min_snr from 0.0 to 3.0", "not bit for bit"):
-    assert words in note["note"] and words in capsys.readouterr().err + note["note"]
+    assert words in note["note"] and words in err
   close(read_tensors(tmp_path/"last.safetensors")[0]["raw.w"], middle["raw.w"], atol=1e-8)  # it went on from there
   adam = read_tensors(tmp_path/"last.safetensors")[0]["adam.v"]
   assert (adam >= 0.999 * middle["adam.v"] * (1 - 1e-6)).all() and (middle["adam.v"] > 0).all()
@@ -654,7 +673,7 @@ def test_pictures_of_samples_are_of_the_same_noise(tmp_path, monkeypatch):
   monkeypatch.setattr(pictures, "grid", lambda x, *a: grids.append(x) or grid(x, *a))
   class Model(Affine):
     def __call__(self, x, t, y=None):
-      if x.shape[0] == 36: asked.append(y.numpy())
+      if x.shape[0] == 36: asked.append((self is model, y.numpy()))
       return super().__call__(x, t, y)
   model = Model(*[getattr(affine(), k) for k in "wb"])
   fit(tmp_path, steps=3, T=5, sample_every=2, lr=1e-12, model=model, class_conditional=True)
@@ -662,7 +681,7 @@ def test_pictures_of_samples_are_of_the_same_noise(tmp_path, monkeypatch):
   assert (tmp_path/"samples.png").read_bytes() == (tmp_path/"samples"/"000003.png").read_bytes()
   assert len(grids) == 4 and grids[0].shape == (36, 1, 8, 8) and np.array_equal(grids[0], grids[3])
   assert len({x.tobytes() for x in grids[0]}) == 36
-  assert all((y == np.arange(36) % 3).all() for y in asked)
+  assert asked and all((y == np.arange(36) % 3).all() and not raw for raw, y in asked)  # with the averaged weights
   image = Image.open(tmp_path/"loss.png")
   assert image.size == (720, 440) and len(image.getcolors(10**6)) > 10
 
@@ -686,7 +705,8 @@ def test_a_long_runs_log_has_every_so_many_steps(tmp_path, monkeypatch):
   steps = [e["step"] for e in log(tmp_path)]
   assert steps == sorted({*range(3, 6001, 3), *range(1000, 6001, 1000)})
   (at, loss, smooth, held_out), = curves
-  assert at.tolist() == loss.tolist() == steps and held_out is None and smooth[-1] < 6000
+  assert at.tolist() == loss.tolist() == steps and held_out is None
+  assert smooth[-1] == pytest.approx(6000 - 0.99/0.01)  # so far an average of 1/100 lags behind a ramp
 
 def test_a_long_log_is_not_read_into_memory(tmp_path):
   write_log(tmp_path/"log.jsonl", range(1, 20_001))
@@ -750,9 +770,10 @@ def test_held_out_loss(tmp_path, monkeypatch, times):
   for half, n in (("train", 40), ("val", 20)): pictures_in(tmp_path/"p"/half, n, seed=n)
   curves, loss_curve, seen = [], pictures.loss_curve, []
   monkeypatch.setattr(pictures, "loss_curve", lambda *a: curves.append(a[4]) or loss_curve(*a))
-  held_out = objectives.held_out
+  held_out, draw, given = objectives.held_out, train.draw, []
   monkeypatch.setattr(objectives, "held_out", lambda *a: seen.append(held_out(*a)) or seen[-1])
-  c = config(tmp_path/"run", steps=5, save_every=2, lr=0.05, times=times)
+  monkeypatch.setattr(train, "draw", lambda *a: given.append(a[5]) or draw(*a))
+  c = config(tmp_path/"run", steps=5, save_every=2, lr=0.05, times=times, min_snr=3.0 * (times == "weighted"))
   train.fit(c, str(tmp_path/"p"), model=affine((3, 8, 8)))
   average = read_tensors(tmp_path/"run"/"ema.safetensors")[0]
   (x, t, eps, _), = seen
@@ -761,11 +782,13 @@ def test_held_out_loss(tmp_path, monkeypatch, times):
   x_t = col(np.sqrt(d.alpha_bar[t])) * (x / 127.5 - 1) + col(np.sqrt(1 - d.alpha_bar[t])) * eps
   each = ((x_t * average["w"] + average["b"] * col(t) / 100 - eps)**2).mean((1, 2, 3))
   if times == "weighted":
-    share, drawn = objectives.chances(d)
+    share, drawn = objectives.chances(d, 3.0)
+    assert all(np.array_equal(chances, drawn) for chances in given)
     each = each * share[t] / drawn[t]
     counts = np.bincount(t, minlength=51)
     assert np.abs(counts - 20 * drawn).max() < 1 + 1e-6
-  else: assert sorted(t) == (1 + np.arange(20) * 50 // 20).tolist()
+  else:  # one in each of 20 equal strata, and as far from T as from 1
+    assert ((np.sort(t) - 1) * 20 // 50 == np.arange(20)).all() and (np.sort(t) + np.sort(t)[::-1] == 51).all()
   found = {e["step"]: e["held_out"] for e in log(tmp_path/"run") if "held_out" in e}
   assert list(found) == [2, 4, 5]
   assert found[5] == pytest.approx(each.mean(), rel=1e-4) and len(set(found.values())) == 3

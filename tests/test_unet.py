@@ -158,6 +158,60 @@ def test_dropout():
 
 # *** the network ***
 
+def network_by_hand(model, x, t, y):
+  """Appendix B in float64, for TINY's two levels: what follows what, written out with the weights' names."""
+  w, c = {k: v.numpy().astype(np.float64) for k, v in nn.state.get_state_dict(model).items()}, model.config
+  def silu(z): return z / (1 + np.exp(-z))
+  def norm(name, h): return normalized(h, c["norm_groups"], c["norm_eps"]) * w[f"{name}.weight"] + w[f"{name}.bias"]
+  def dense(name, v): return v @ w[f"{name}.weight"] + w[f"{name}.bias"]
+  def conv(name, h, stride=1):
+    lo, hi = (w[f"{name}.weight"].shape[0] // 2,) * 2 if stride == 1 else (c["down_pad"], 1 - c["down_pad"])
+    return conv_by_hand(h, w[f"{name}.weight"], stride, lo, hi) + w[f"{name}.bias"]
+  def block(name, h):
+    z = conv(f"{name}.conv1", silu(norm(f"{name}.norm1", h))) + dense(f"{name}.temb", emb)[:, None, None]
+    skip = conv(f"{name}.shortcut", h) if f"{name}.shortcut.bias" in w else h
+    return conv(f"{name}.conv2", silu(norm(f"{name}.norm2", z))) + skip
+  def attend(name, h):
+    n, size = norm(f"{name}.norm", h), c["head_channels"] or h.shape[3]
+    q, k, v = [conv(f"{name}.{p}", n).reshape(len(h), -1, h.shape[3]) for p in "qkv"]
+    heads = [np.s_[..., i:i+size] for i in range(0, h.shape[3], size)]
+    out = [softmax(q[s] @ k[s].transpose(0, 2, 1) / np.sqrt(size)) @ v[s] for s in heads]
+    return h + conv(f"{name}.out", np.concatenate(out, -1).reshape(h.shape))
+  half = c["channels"] // 2
+  angle = (t[:, None] - 1) * 10000 ** (-np.arange(half) / (half - 1))
+  time = dense("time2", silu(dense("time1", np.concatenate([np.sin(angle), np.cos(angle)], 1))))
+  emb = silu(time + w["label"][y])
+  skips = [conv("conv_in", x.transpose(0, 2, 3, 1))]
+  skips.append(block("down.0.0", skips[-1]))
+  skips.append(conv("down.1.0", skips[-1], 2))
+  skips.append(attend("down.2.1", block("down.2.0", skips[-1])))
+  h = block("mid.2", attend("mid.1", block("mid.0", skips[-1])))
+  def joined(h): return np.concatenate([h, skips.pop()], -1)
+  h = attend("up.0.1", block("up.0.0", joined(h)))
+  h = attend("up.1.1", block("up.1.0", joined(h)))
+  h = conv("up.1.2", h.repeat(2, 1).repeat(2, 2))
+  h = block("up.3.0", joined(block("up.2.0", joined(h))))
+  return conv("conv_out", silu(norm("norm_out", h))).transpose(0, 3, 1, 2)
+
+@pytest.mark.parametrize("more", [{}, {"down_pad": 1, "head_channels": 4, "norm_eps": 1e-2}])
+def test_the_network_is_that_of_appendix_b(more, way):
+  model, x, t = random_model(num_classes=2, **more), arr(2, 1, 8, 8), np.array([1, 700])
+  for y in (np.array([1, 0]), None):  # without labels: "no class", the last
+    given = () if y is None else (Tensor(y.astype(np.int32)),)
+    out = model(Tensor(x), Tensor(t.astype(np.int32)), *given).numpy()
+    want = network_by_hand(model, x.astype(np.float64), t, np.array([2, 2]) if y is None else y)
+    close(out, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+def test_each_layer_drops_by_a_seed_of_its_own(monkeypatch):
+  seen = []
+  monkeypatch.setattr(unet, "dropout", lambda h, p, seed: seen.append((p, *seed.numpy())) or h)
+  model, x, t = random_model(dropout=0.3), Tensor(arr(2, 1, 8, 8)), Tensor(np.array([3, 4], np.int32))
+  model(x, t)
+  assert not seen
+  model(x, t, seed=Tensor(np.array([5, 90], np.uint32)))
+  chances, first, second = zip(*seen)
+  assert chances == (0.3,) * 8 and len({*first}) == len({*second}) == 8  # its residual blocks
+
 def test_the_papers_network_has_its_number_of_parameters():
   assert sum(p.numel() for p in nn.state.get_parameters(unet.UNet())) == 35_746_307
 

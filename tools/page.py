@@ -85,8 +85,8 @@ def description(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
   return (f"Trained on {trained}, {meta.get('step', 0):,} steps. " * bool(trained) + f"Images of {H} × {W} pixels. " +
     f"{sum(p.numel() for p in nn.state.get_parameters(net)):,} parameters, here in 16 bits. T = {ddpm.T}, βₜ " +
     f"{own.get('schedule')} " * isinstance(own.get("schedule"), str) + f"from {ddpm.beta[1]:g} to {ddpm.beta[-1]:g}. " +
-    "The network says " + {"eps": "ε, the noise", "x0": "x₀, the image", "v": "v, of both"}[ddpm.predict] + "; " +
-    {"beta": "σₜ² = βₜ.", "beta_tilde": "σₜ² = β̃ₜ."}[ddpm.sigma])
+    "The network predicts " + {"eps": "ε, the noise; ", "x0": "x₀, the image; ", "v": "v, a mixture of both; "}[
+      ddpm.predict] + {"beta": "σₜ² = βₜ.", "beta_tilde": "σₜ² = β̃ₜ."}[ddpm.sigma])
 
 def make(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
   """The page. ValueError, in one sentence, for a model that it does not know. The network is spent afterwards."""

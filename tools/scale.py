@@ -48,13 +48,15 @@ def main(argv:list[str]|None=None):
   p = parser("tools.scale", "The time of a training step on 1 to 1,024 devices, on paper.")
   add = p.add_argument
   add("--image", type=number(float, 1e-6), help="ms for an image on one device (default: the paper's own)")
-  add("--parameters", type=number(float, 1), default=35.7e6)
-  add("--batch", type=number(int, 1), default=128)
+  add("--parameters", type=number(float, 1), help="with --image (35.7e6)")
+  add("--batch", type=number(int, 1), help="with --image (128)")
   add("--fixed", type=number(float, 0), default=2, help="ms of a step that no device is spared (%(default)s)")
   add("--bandwidth", type=number(float, 1e-3), default=25, help="GB/s around the ring (%(default)s: 200 Gb/s)")
   add("--latency", type=number(float, 0), default=5, help="us from one device to the next (%(default)s)")
   add("--copy", type=number(float, 0), default=20, help="GB/s between device and host (%(default)s); 0: no copy")
   a = p.parse_args(argv)
+  if a.image is None and (a.parameters or a.batch): p.error("--parameters and --batch go with --image")
+  a.parameters, a.batch = a.parameters or 35.7e6, a.batch or 128
   jobs = JOBS if a.image is None else {f"batch {a.batch}": Job(a.image / 1e3, a.parameters, a.batch)}
   for name, job in jobs.items(): show(name, job, a)
 
