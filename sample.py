@@ -206,8 +206,9 @@ def main(argv:list[str]|None=None):
     return data.unscaled(shown[-1][:n - start], meta.get("limits")), movie
   facts = {k: v for k, v in vars(a).items() if k not in ("checkpoint", "batch", "out", "npz")}
   place = parts.place(a.npz or a.png or a.out, net, meta, labels, size, facts)
-  if hosts.rank() == 0: parts.check(place, a.png, range(a.first, a.first + n))
-  with claim(place), parts.kept(place, a.png, hosts.rank() == 0):
+  index = range(a.first, a.first + n)
+  if hosts.rank() == 0: parts.check(place, a.png, index)
+  with claim(place), parts.kept(place, a.png, index, hosts.rank() == 0):
     starts = range(0, n, size)
     hosts.same(missing := parts.missing(place, starts))
     for start in np.array(starts)[missing][hosts.rank()::hosts.size()]:

@@ -14,8 +14,8 @@ except ImportError:
 
 def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
   """step(*tensors) -> tensors, as one TinyJit that its first call captures. Each later call writes its outputs over
-  those of the call before. A step that cannot be captured, because it reads a tensor's values on the host, as a model
-  in numpy does, or is given one tensor twice, runs as it is.
+  those of the call before. A step that cannot be captured in its first call, because it reads a tensor's values on
+  the host, as a model in numpy does, or is given one tensor twice, always runs as it is.
 
   kept: a dict that keeps the captured step for the next caller with the same key. The key names all that makes it
   another step: what it does, its options, the id of each object that it uses. The dict also keeps these objects alive,

@@ -1,6 +1,6 @@
 """The device a program runs on."""
 from __future__ import annotations
-import contextlib, ctypes, os, shutil, sqlite3, subprocess, sys, threading
+import contextlib, ctypes, os, shutil, sqlite3, sys
 from typing import Any
 from tinygrad import Device, helpers
 from tinygrad.helpers import ALLOW_TF32, DEV
@@ -8,11 +8,9 @@ from tinygrad.helpers import ALLOW_TF32, DEV
 GIVEN = ALLOW_TF32.value  # $ALLOW_TF32
 
 def find_compiler() -> str|None:
-  """The C compiler for tinygrad's CPU device: $CC, if that is clang, else the newest clang. Sets $CC, which tinygrad
-  reads, to it."""
+  """The C compiler for tinygrad's CPU device: $CC, if that is a clang, else the newest. Sets $CC, which tinygrad reads,
+  to it."""
   named = os.environ.get("CC")
-  if named and (path := shutil.which(named)):  # conda and cluster modules set it to gcc
-    if b"clang" not in subprocess.run([path, "--version"], capture_output=True).stdout: named = None
   try: from fast.clang import newest
   except ImportError: found = shutil.which(named or "clang")
   else: found = newest(named)
@@ -34,17 +32,16 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
   tf32: NVIDIA's tensor cores may round the operands of float32 products to 10 bits.
   tinygrad's CPU device is preferred to an OpenCL device that is the processor itself, because it starts sooner.
   RuntimeError, in one sentence, if there is no device, $DEV names one that is not there, or its compiler is missing;
-  OSError if tinygrad's cache, which every device needs, cannot be opened."""
-  if threading.current_thread() is not threading.main_thread():
-    with contextlib.suppress(ImportError):
-      from fast import threads
-      threads.install()
+  OSError or ValueError if tinygrad's cache cannot be opened."""
+  with contextlib.suppress(ImportError):
+    from fast import threads
+    threads.install()
   ALLOW_TF32.value = int(tf32 or GIVEN)
   os.environ["ALLOW_TF32"] = str(ALLOW_TF32.value)
   asked, compiler = os.environ.get("DEV", ""), find_compiler()
   if os.sep not in helpers.CACHEDB:  # tinygrad would make a folder of that name
     raise ValueError(f"CACHEDB={helpers.CACHEDB}: give the file's whole path")
-  try: helpers.db_connection()
+  try: helpers.CACHELEVEL < 1 or helpers.db_connection()
   except (OSError, sqlite3.Error) as e:
     raise OSError(f"tinygrad's cache {helpers.CACHEDB} cannot be opened ({e}): set CACHEDB to a file elsewhere") from e
   # no user can act on the warnings of a kernel's compiler: clang, also inside of PoCL

@@ -124,7 +124,7 @@ def begin(c, state:State, fixed:dict) -> tuple[int, float]:
     if fixed["network"]: network = {k: p.default for k, p in inspect.signature(type(state.model)).parameters.items()}
     defaults = dataclasses.asdict(type(c)()) | {"network": json.loads(json.dumps(network, default=str)), "processes": 1}
     return resume(last, state, fixed, defaults, ("processes", *(CHANGEABLE if c.change else ())))
-  if (out/"ema.safetensors").exists() and not c.restart:
+  if (ema := out/"ema.safetensors").exists() and not c.restart and step_of(ema) > c.save_every:
     raise ValueError(f"{out} has weights but no last.safetensors, from which a run goes on: use another --out, or "
                      "--restart to write over them")
   cut(out/"log.jsonl", 0)
@@ -134,6 +134,12 @@ def begin(c, state:State, fixed:dict) -> tuple[int, float]:
     said = begin_with(state, {k: v.numpy() for k, v in given.items()}, path)
     print(f"begins with the weights of {path}" + f"; {said}" * bool(said), file=sys.stderr)
   return 0, 0.0
+
+def step_of(ema:Path) -> float:
+  """The step of averaged weights; ∞ if the file does not say. (A run that was killed in its first save left those of
+  its first `save_every` steps, and no state.)"""
+  try: return float(json.loads(open_tensors(ema)[1]["ddpm"])["step"])
+  except (KeyError, ValueError, TypeError, RecursionError): return math.inf
 
 def origin(out:str|os.PathLike, init:str, restart:bool) -> str:
   """The checkpoint that says what network a run with --init has: its own, if it has one already."""

@@ -4,7 +4,7 @@
   python sample.py --from a.png b.png --at 500           # 500 steps of noise, then Algorithm 2 from there
   python sample.py --encode photo.png                    # DDIM's x_T of it, and the way back
 """
-import argparse, functools, itertools, sys, warnings
+import argparse, functools, itertools, os, sys, warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import numpy as np
@@ -99,13 +99,14 @@ def read(paths:Sequence[str], shape:tuple[int, ...], how:dict|None=None) -> np.n
   return np.stack([read_one(path, shape, how or {})[0] for path in paths])
 
 def read_set(name:str, split:str, data_dir:str|None, size:tuple[int, ...], meta:dict) -> data.Dataset:
-  """A dataset, read as the set of a model was, or in the height and width `size` if it then has others. meta: what the
+  """A dataset, read as the set of a model was, and in the height and width `size` if it is another. meta: what the
   model's checkpoint says of itself."""
-  how = meta.get("how", {}) if name not in data.DATASETS or name == meta.get("dataset") else {}
+  how, own = meta.get("how", {}), meta.get("dataset") or ""
+  if name in data.DATASETS: return data.read(name, split, data_dir, **how if name == own else {})
+  if "size" not in how or os.path.realpath(os.path.expanduser(name)) != os.path.realpath(os.path.expanduser(own)):
+    how = how | {"size": size}
   if name.lower().endswith((".npy", ".npz")): how = how | {"mode": None}
-  found = data.read(name, split, data_dir, **how)
-  if found.images.shape[2:] == size or name in data.DATASETS: return found
-  return data.read(name, split, data_dir, **how | {"size": size})
+  return data.read(name, split, data_dir, **how)
 
 def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tuple[int, int]]:
   """One image, and the height and width that its file has."""

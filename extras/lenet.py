@@ -91,16 +91,16 @@ def frechet(a:np.ndarray, b:np.ndarray) -> float:
 def report_lenet(samples:np.ndarray, real:np.ndarray|None, images:np.ndarray, known:data.Dataset, split:str) -> dict:
   """--lenet at the terminal, by three LeNets: the distance of samples, and of training images `real`, if given, from
   `images`; and of how many samples and `images` a LeNet is sure. All uint8 (n, C, H, W). Returns them by name."""
-  about = {"Fréchet_LeNet_distance": f"{len(samples)} samples to {len(images)} {split} images",
-           "sure": f"% of samples of which a LeNet is sure (probability > {SURE})",
-           f"sure_of_{split}_images": "% of them"}
-  if real is not None: about["of_training_images"] = f"{len(real)} of them"
+  about = {"Fréchet_LeNet_distance": f"{len(samples)} samples to {len(images)} {split} images"}
+  if real is not None: about["of_training_images"] = f"the distance of {len(real)} training images"
+  about |= {"sure": f"% of samples of which a LeNet is sure (probability > {SURE})",
+            f"sure_of_{split}_images": f"% of {split} images"}
   rows = []
   for seed in range(SEEDS):
     net = trained(known, seed)
     (a, p), (b, q) = answers(net, samples), answers(net, images)
-    rows.append([frechet(a, b), *(100 * (v.max(1) > SURE).mean() for v in (p, q))])
-    if real is not None: rows[-1].append(frechet(answers(net, real)[0], b))
+    distances = [frechet(x, b) for x in ([a] if real is None else [a, answers(net, real)[0]])]
+    rows.append(distances + [100 * (v.max(1) > SURE).mean() for v in (p, q)])
   names, mean, spread = [*about], np.mean(rows, 0), np.std(rows, 0, ddof=1)
   table(**{name: (m, f"± {s:.3f} over {SEEDS} LeNets: {about[name]}") for name, m, s in zip(names, mean, spread)})
   return {name: {"mean": m, "each": [row[i] for row in rows]} for i, (name, m) in enumerate(zip(names, mean))}

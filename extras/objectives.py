@@ -1,6 +1,6 @@
 """What may be changed in L_simple: which times are drawn, what each counts for, and where no error counts. None of it
 is in the paper. c: the `Config` of train.py."""
-import dataclasses, os, sys
+import dataclasses, sys
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -83,9 +83,11 @@ def check(c):
     if choices: known, what = v in choices or v == f.default, f"one of {', '.join(choices)}"
     else: known, what = not isinstance(v, int | float) or low <= v <= high, f"from {low} to {high}"
     if not known: raise ValueError(f"--{f.name.replace('_', '-')} must be {what}, not {v!r}")
+  begun, photos = Path(c.out, "last.safetensors").exists(), Path(c.dataset or "").expanduser()
   if c.dataset in data.DATASETS:
-    if c.fit != "crop": raise ValueError(f"--fit is for images of your own: {c.dataset} comes in its own size")
-  elif os.path.isdir(c.dataset or "") and Path(c.out).resolve().is_relative_to(Path(c.dataset).resolve()):
+    if c.fit != "crop" and not begun:
+      raise ValueError(f"--fit is for images of your own: {c.dataset} comes in its own size")
+  elif c.dataset and photos.is_dir() and Path(c.out).resolve().is_relative_to(photos.resolve()) and not begun:
     raise ValueError(f"--out {c.out} is in the dataset's own folder, where its pictures would become training images")
   if not c.channel_mult: raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
   if c.batch % c.accum: raise ValueError(f"--batch {c.batch} is no multiple of --accum {c.accum}")

@@ -7,7 +7,10 @@ from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 @functools.cache
 def newest(named:str|None=None) -> str|None:
-  """The path of `named` ($CC) or else of the newest clang, which Debian calls clang-19. None if there is none."""
+  """The path of `named` ($CC) or, if that is another compiler, of the newest clang, which Debian calls clang-19. None
+  if there is none."""
+  if named and (path := shutil.which(named)):  # conda and cluster modules set $CC to gcc
+    if b"clang" not in subprocess.run([path, "--version"], capture_output=True).stdout: named = None
   names = [named] if named else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
   return next((path for name in names if (path := shutil.which(name))), None)
 

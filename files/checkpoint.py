@@ -59,6 +59,7 @@ def find(path:str|None=None, raw:bool=False) -> str:
   """The file that a program's --checkpoint means: that of a run's folder. Without one, that of the newest run, or the
   one shipped. ValueError if there is neither."""
   name = "last.safetensors" if raw else "ema.safetensors"
+  if path: path = os.path.expanduser(path)
   if path and Path(path, "log.jsonl").is_file() and not Path(path, name).is_file():
     raise ValueError(f"{path} is the folder of a run that has no {name} yet")
   if path: return str(run) if (run := Path(path, name)).is_file() else str(path)

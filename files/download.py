@@ -1,8 +1,9 @@
 """Models from the hub, owner/name or owner/name@revision, as `files.hub` reads them: found here or fetched."""
-import fcntl, http.client, os, re, sys, urllib.error, urllib.parse, urllib.request
+import fcntl, http.client, os, re, shutil, sys, urllib.error, urllib.parse, urllib.request
 from pathlib import Path
 from typing import Any, BinaryIO
 from tinygrad import helpers
+from files.atomic import atomic
 from files.bar import progress
 from files.hub import INDICES, NETWORKS, WEIGHTS, find_network, find_weights, read_json, shards
 from files.weights import converting, open_tensors
@@ -14,8 +15,8 @@ def is_name(text:str) -> bool:
   return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", text) is not None
 
 def model(name:str, raw:bool=False) -> Path:
-  """The folder of a model on the hub, owner/name or owner/name@revision: where huggingface's own programs have it, or
-  in tinygrad's cache, into which it is fetched if it is not there. raw: see `hub.load`.
+  """The folder of a model on the hub, owner/name or owner/name@revision: in tinygrad's cache, or where huggingface's
+  own programs have it. What is missing is fetched into tinygrad's cache. raw: see `hub.load`.
 
   $HF_ENDPOINT, $HF_TOKEN, $HF_HUB_OFFLINE, $HF_HUB_CACHE and $HF_HOME mean what they mean there. OSError, in one
   sentence, when that fails."""
@@ -23,14 +24,24 @@ def model(name:str, raw:bool=False) -> Path:
   folder = Path(helpers.cache_dir)/"downloads"/f"{repo}@{revision.replace('/', '--')}"
   theirs, offline = in_their_cache(repo, revision), os.environ.get("HF_HUB_OFFLINE", "").lower()
   if complete(folder, raw): return folder
-  # other programs may have fetched the network alone
-  if complete(theirs, raw) and (offline in YES or any(theirs.glob("**/scheduler_config.json"))): return theirs
-  if offline in YES:
-    raise OSError(f"{name!r} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub")
+  there = complete(theirs, raw)
+  # other programs may have fetched the network without its diffusion
+  if there and (offline in YES or any(theirs.glob("**/scheduler_config.json"))): return theirs
+  if offline in YES: raise OSError(f"{name!r} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub")
+  try: return fetched(name, folder, theirs, raw)
+  except OSError:
+    if not there: raise
+    return theirs
+
+def fetched(name:str, folder:Path, theirs:Path, raw:bool) -> Path:
+  """The folder, with all that the hub has of a model. What is in the folder `theirs` is copied from there."""
+  repo, revision = (name.split("@") + ["main"])[:2]
   url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
   url = f"{url}/{urllib.parse.quote(repo)}/resolve/{urllib.parse.quote(revision, safe='')}"
   def get(file:str) -> bool:
     """Whether the hub has it, and then we too."""
+    if (theirs/file).is_file() and not (folder/file).exists():
+      with open(theirs/file, "rb") as source, atomic(folder/file) as f: shutil.copyfileobj(source, f)
     try: fetch(f"{url}/{file}", folder/file, f"{name}/{file}")
     except (OSError, ValueError) as e:
       code, why = getattr(e, "code", None), " ".join(str(e).split())
@@ -71,12 +82,7 @@ def fetch(url:str, path:Path, desc:str):
   with: at once if some of it came, else the next time. OSError if it fails."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part, tag = path.with_name(path.name+".part"), path.with_name(path.name+".etag")
-  with open(part, "ab") as f:
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f"waiting for another program, which downloads {desc}", file=sys.stderr)
-      fcntl.flock(f, fcntl.LOCK_EX)
-    except OSError: pass  # a file system without locks
+  with locked(part, desc) as f:
     try:
       while not path.is_file():
         begun = f.tell()
@@ -91,6 +97,19 @@ def fetch(url:str, path:Path, desc:str):
     finally:
       if not f.tell(): part.unlink(missing_ok=True)
       if not f.tell() or path.is_file(): tag.unlink(missing_ok=True)
+
+def locked(part:Path, desc:str) -> BinaryIO:
+  """A file to append to, which no other program has meanwhile: one that has is waited for."""
+  while True:
+    f = open(part, "ab")  # noqa: SIM115
+    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f"waiting for another program, which downloads {desc}", file=sys.stderr)
+      fcntl.flock(f, fcntl.LOCK_EX)
+    except OSError: pass  # a file system without locks
+    f.seek(0, os.SEEK_END)
+    if os.fstat(f.fileno()).st_nlink: return f
+    f.close()  # the other one has finished or removed it
 
 def finish(f:BinaryIO, path:Path):
   """Gives a file that was received its name, or empties it: OSError for what is not JSON or not safetensors."""

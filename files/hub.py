@@ -219,8 +219,9 @@ def check_images(meta:dict, path:str|os.PathLike):
   def numbers(v) -> bool: return isinstance(v, list) and len(v) == 2 and all(isinstance(n, int | float) for n in v)
   def names(v) -> bool: return isinstance(v, list) and all(isinstance(n, str) for n in v)
   def how(v) -> bool:  # what data.read takes
-    size = v.get("size") if isinstance(v, dict) else 0
-    return isinstance(v, dict) and v.keys() <= {"size", "fit", "mode", "multiple"} and whole(v.get("multiple", 1)) and (
+    if not isinstance(v, dict) or not v.keys() <= {"size", "fit", "mode", "multiple"}: return False
+    size, fit, mode = v.get("size"), ("crop", "pad", "stretch"), (None, "gray", "rgb")
+    return whole(v.get("multiple", 1)) and v.get("fit", "crop") in fit and v.get("mode") in mode and (
       size is None or whole(size) or isinstance(size, list) and len(size) == 2 and all(map(whole, size)))
   known:dict[str, Callable] = {"limits": numbers, "classes": names, "dataset": lambda v: isinstance(v, str), "how": how}
   for k, right in known.items():

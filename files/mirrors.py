@@ -159,8 +159,8 @@ def download(name:str, file:str) -> Path:
         if not has_digest(f, SHA256[name][file]): raise ValueError("its SHA-256 is not the published one")
       return path
     except (OSError, ValueError) as e: failures.append(f"{mirror.split('/')[2]}: {e}")
-  raise OSError(f"{file} of {name} could not be downloaded ({'; '.join(failures)}): put it into {path.parent}, or set "
-                f"DATA_DIR to where it is in a folder {name}")
+  raise OSError(f"{file} of {name} could not be downloaded ({'; '.join(failures)}): put it into {path.parent}, or "
+                f"into a folder {name} and set DATA_DIR to what holds that folder")
 
 def fetch(url:str) -> Iterator[bytes]:
   """The bytes at an address, in pieces. ValueError if it does not answer or sends too many."""

@@ -25,15 +25,15 @@ def check(folder:Path, png:str|None, index:range):
     if (path := Path(str(png), f"{i:06d}.png")).exists(): raise OSError(f"{path} is there already: name another folder")
 
 @contextlib.contextmanager
-def kept(folder:Path, png:str|None, first:bool) -> Iterator[None]:
-  """Keeps the folder if something goes wrong and a batch is finished, or some of its files in the folder `png` are;
+def kept(folder:Path, png:str|None, index:range, first:bool) -> Iterator[None]:
+  """Keeps the folder if something goes wrong and a batch is finished, or one of the files `index` in the folder `png`;
   else removes it. Only the first process does."""
   done = False
   try:
     yield
     done = True
   finally:
-    begun = finished(folder) or png and any(Path(png).glob("*.png"))
+    begun = finished(folder) or any(Path(str(png), f"{i:06d}.png").exists() for i in (index if png else ()))
     if first and (done or not begun): shutil.rmtree(folder, ignore_errors=True)
     elif first: print(f"what is finished is in {folder}: the same command goes on", file=sys.stderr)
 

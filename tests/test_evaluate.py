@@ -222,8 +222,9 @@ def test_few_steps_of_the_ode_give_a_normals_density():
   """Also no less than it: too large a density would be a bound that is none. Heun's method alone is off by -0.009."""
   d, sd = DDPM(), 0.3
   model, x = gaussian_model(d, 0, sd), rng(3).normal(0, sd, (400, 1, 1, 1))
-  off = (log_normal(x, 0, sd).ravel() - ode_log_density(d, model, x, 50, start=1 / 765).numpy()) / LOG2
-  assert -2e-4 < off.mean() < 2e-3
+  for steps, most in ((4, 2), (10, 0.12), (20, 0.02), (50, 2e-3)):
+    off = (log_normal(x, 0, sd).ravel() - ode_log_density(d, model, x, steps, start=1 / 765).numpy()) / LOG2
+    assert (-2e-4 if steps > 10 else -most) < off.mean() < most, (steps, off.mean())
 
 def test_dequantization(monkeypatch):
   """A density that is uniform over the 256 bins needs 8 bits; every point stays in its bin and fills it."""
@@ -375,7 +376,7 @@ def test_images_are_read_as_for_training(program):
   program("--n", 1, "--samples-t", 1, "--split", "train")
   for name in ("./a/folder/", "an.npz", "cifar10"): program("--n", 1, "--samples-t", 1, "--dataset", name)
   assert program.state.read == [("a/folder", "train", how), ("./a/folder/", "test", how),
-                                ("an.npz", "test", how | {"mode": None}), ("cifar10", "test", {})]
+                                ("an.npz", "test", how | {"mode": None, "size": (8, 8)}), ("cifar10", "test", {})]
 
 def test_images_of_another_size_are_brought_into_the_models(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -2,7 +2,7 @@
 import contextlib, ctypes, os, shutil, signal, sqlite3, subprocess, sys, threading, time
 import numpy as np
 import pytest
-import tinygrad.device, tinygrad.schedule
+import engine.device, tinygrad.device, tinygrad.schedule
 import unet
 from common import ROOT, arr, close
 from engine.capture import captured
@@ -314,8 +314,9 @@ def test_a_cache_and_a_folder_that_cannot_be_written_are_done_without(monkeypatc
   monkeypatch.setattr(clang.tempfile, "mkdtemp", nowhere)
   assert compiled() == images
 
-def test_of_two_threads_one_is_in_the_scope():
+def test_of_two_threads_one_is_in_the_scope(monkeypatch):
   """And tinygrad is as it was when both have left."""
+  monkeypatch.setenv("PLAIN", "0")
   inside, seen, before = threading.Event(), [], dict(vars(UOp))
   def other():
     inside.wait()
@@ -331,6 +332,11 @@ def test_of_two_threads_one_is_in_the_scope():
   assert seen == [True, False] and dict(vars(UOp)) == before
 
 def test_the_cache_is_opened_by_many_threads_at_once(monkeypatch, tmp_path):
+  def slowly(open_it=threads.first):
+    made = open_it()
+    time.sleep(0.01)  # the others see what is in the meantime
+    return made
+  monkeypatch.setattr(threads, "first", slowly)
   monkeypatch.setattr(threads.helpers, "CACHEDB", str(tmp_path/"cache.db"))
   wrong, start = [], threading.Barrier(8)
   def use():
@@ -346,6 +352,7 @@ def test_the_cache_is_opened_by_many_threads_at_once(monkeypatch, tmp_path):
 
 def test_processes_that_died_while_they_waited_are_replaced(monkeypatch):
   monkeypatch.setattr(workers, "pool", None)
+  monkeypatch.setattr(workers.PARALLEL, "value", 2)
   for _ in range(2):
     assert sorted(workers.get().imap_unordered(abs, [-1, 2])) == [1, 2]
     for process in list(workers.pool.executor._processes.values()): process.kill()
@@ -359,6 +366,7 @@ def test_tf32_is_of_the_run_that_asks_for_it(monkeypatch):
   """A kernel for tensor cores is another with it."""
   for name in ("ALLOW_TF32", "CC", "CCC_OVERRIDE_OPTIONS", "POCL_EXTRA_BUILD_FLAGS"):
     monkeypatch.setenv(name, os.environ.get(name, ""))  # as they are now, afterwards
+  monkeypatch.setattr(engine.device, "GIVEN", 0)
   seen = []
   def part(*placeholders): return seen.append(gpu.ALLOW_TF32.value)
   for asked in (False, True, False):

@@ -507,9 +507,18 @@ def test_one_in_the_cache_of_huggingface(variable, cache, server, tmp_path, monk
   assert not server.log
   monkeypatch.setenv("HF_HUB_OFFLINE", "0")
   (there/"snapshots"/"abc123"/"scheduler"/"scheduler_config.json").unlink()
-  refused(lambda: checkpoint.load("owner/name"), "404")  # other programs may fetch the network without its diffusion
+  # other programs may fetch the network without its diffusion
+  without = f"unet/{WEIGHTS}", "unet/config.json"
+  publish(server, tmp_path, "owner/name@main", model, {"ddpm": {"T": 7}}, without)
+  with monkeypatch.context() as m:
+    m.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert checkpoint.load("owner/name")[1]["ddpm"]["T"] == 1000  # nor can it be asked
+  again, meta = checkpoint.load("owner/name")
+  assert same(again, model) and meta["ddpm"]["T"] == 7 and server.log
+  shutil.rmtree(tmp_path/"cache")
+  server.files.clear()
   (there/"snapshots"/"abc123"/"unet"/WEIGHTS).unlink()  # a snapshot without its weights is no model
-  refused(lambda: checkpoint.load("owner/name"), "404")
+  refused(lambda: checkpoint.load("owner/name"), "owner/name", f"no {WEIGHTS}")
 
 def test_what_is_a_name():
   for name in ("google/ddpm-cifar10-32", "a/b@main", "a/b.c@refs/pr/1", "a_b/c@v1.0"): assert download.is_name(name)

@@ -335,6 +335,11 @@ def test_what_would_harm_or_be_ignored_is_refused(tmp_path):
   for name in ("ema.safetensors", "log.jsonl"): (tmp_path/"run"/name).write_text("precious")
   refused(lambda: fit(tmp_path/"run"), "last.safetensors", "--restart")
   for name in ("ema.safetensors", "log.jsonl"): assert (tmp_path/"run"/name).read_text() == "precious"
+  fit(tmp_path/"far", steps=5)
+  (tmp_path/"far"/"last.safetensors").unlink()
+  refused(lambda: fit(tmp_path/"far", steps=6, save_every=3), "last.safetensors", "--restart")
+  fit(tmp_path/"far", steps=6, save_every=5)  # as a run that was killed in its first save leaves it: it begins anew
+  assert saved_step(tmp_path/"far") == 6
   refused(lambda: run(tmp_path/"other", "glyphs", "--fit", "pad"), "--fit", "glyphs")
 
 def test_help_names_every_field(capsys):
