@@ -1,6 +1,7 @@
 """The device a program runs on."""
 from __future__ import annotations
 import contextlib, ctypes, os, shutil, sqlite3, sys
+from pathlib import Path
 from typing import Any
 from tinygrad import Device, helpers
 from tinygrad.helpers import ALLOW_TF32, DEV
@@ -57,10 +58,22 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
     uses_clang = device.startswith("CPU") and type(Device[device].renderer).__name__ == "ClangRenderer"
   except Exception as e:
     if (asked or "CPU").upper().startswith("CPU") and not compiler: raise RuntimeError(missing) from e
-    raise RuntimeError(f"tinygrad cannot open the device DEV={asked} "
-                       f"({(str(e).splitlines() or [type(e).__name__])[0][:200]})") from e
+    raise RuntimeError(f"tinygrad cannot open the device DEV={asked} ({reason(e)[:400]})") from e
   # tinygrad would not miss it before the first kernel that its cache does not hold
   if uses_clang and not compiler: raise RuntimeError(missing)
+  if silent: return device
+  opened = Device[device]
+  name = f", {opened.device_name}" if hasattr(opened, "device_name") else ""
   another = "" if asked else "  (another: DEV=CUDA, METAL, AMD, CL, CPU)"
-  if not silent: print(f"device: {device}{another}", file=sys.stderr)
+  print(f"device: {device}{name}{another}", file=sys.stderr)
+  if type(opened.renderer).__name__ == "PTXRenderer" and "PTX" not in asked.upper():
+    found = next((str(f.parent) for p in sys.path for f in Path(p).glob("nvidia/*/lib/libnvrtc.so*")), "its folder")
+    print("NVIDIA's compiler, libnvrtc, was not found, so it will be slow, and 16 bits without tensor cores: set "
+          f"LD_LIBRARY_PATH to {found}", file=sys.stderr)
   return device
+
+def reason(e:BaseException) -> str:
+  """Why a device does not open, in a line."""
+  if isinstance(e, BaseExceptionGroup): return "; ".join(map(reason, e.exceptions))
+  if isinstance(e, StopIteration): return "tinygrad's own driver does not know this card: NVIDIA's is DEV=CUDA"
+  return (str(e).splitlines() or [type(e).__name__])[0]

@@ -4,6 +4,7 @@ import argparse, contextlib, math, signal, sqlite3, sys, threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from tinygrad.device import CompileError
 
 def parser(program:str, description:str, **options) -> argparse.ArgumentParser:
   """A command line that says what is wrong with it by a ValueError, as everything else does."""
@@ -94,6 +95,9 @@ def run(main:Callable[[], None]):
       if not e.args: print(f"\n{program}: stopped", file=sys.stderr)  # else it was said
       sys.exit(130)
     sys.exit(f"{program}: {' '.join(str(e).split()) or type(e).__name__}")
+  except CompileError as e:
+    hint = ": set CUDA_PATH to the folder of NVIDIA's toolkit" if "cannot open source file" in str(e) else ""
+    sys.exit(f"{program}: the compiler of kernels says {' '.join(str(e).split())[:500]}{hint}")
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     for s, handler in before.items(): signal.signal(s, handler)

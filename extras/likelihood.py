@@ -17,7 +17,7 @@ def ode_log_density(ddpm:DDPM, model:Callable, x:np.ndarray|Tensor, steps:int, s
 
   In y = x/√ᾱ and s = √(1−ᾱ)/√ᾱ, the noise's deviation in y, the ODE is dy/ds = ε_θ = (y − x̂_0)/s, and log p changes by
   −tr ∂ε_θ/∂y ds = (tr ∂x̂_0/∂y − D) d log s: the trapezoidal rule in log s for log p, `between` for y, both exact where
-  x̂_0 stands still. The grid: see `ode_grid`. From start = 0 the first step leads to t = 1, or to T if there is no other
+  x̂_0 stands still. The grid: see `ode_grid`. From start = 0 the first step leads to t = 1, or T if there is no other
   (the slope is 0 at s = 0 for any bounded score); a higher start says that x bears noise of that deviation. discrete:
   see `on_levels`. The trace is estimated by vᵀ(∂x̂_0/∂y)v with random signs v (Hutchinson), drawn anew for each image
   and call, so that their errors average out over the steps. ValueError unless 1 <= steps <= T."""

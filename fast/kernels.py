@@ -179,7 +179,7 @@ def norm_gradient_kernel(y:UOp, g:UOp, x:UOp, mean:UOp, rstd:UOp, *affine:UOp, d
     v = g[b, r, c].cast(dtypes.float32)
     if affine: v = v * silu_slope(d * affine[0][c] + affine[1][c])
     return v * q.eq(0).where(UOp.const(1.0, dtypes.float32), d)
-  return kernel(f"norm_gradient_{R}_{C}" + "_silu"*bool(affine), y, (R,), term, opts=group_opts(device, R))
+  return kernel(f"norm_gradient_{R}_{C}" + "_silu"*bool(affine), y, (R,), term, opts=group_opts(device, R, C))
 
 # *** movement ***
 

@@ -47,8 +47,8 @@ class Kept(dict):
       self.told, text = time.monotonic(), f"compiling: {self.made} of {self.made+len(self.missing)} kernels"
       print(f"\r\033[K{text}\r" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
 
-# settings that change no kernel
-IDLE = ("TRAINING", "DEBUG", "PARALLEL", "PROFILE", "NO_COLOR", "LRU", "JIT_BATCH_SIZE")
+# settings that change no kernel (of DEV what does is in the key: buffers' devices, the renderer and its target)
+IDLE = ("DEV", "TRAINING", "DEBUG", "PARALLEL", "PROFILE", "NO_COLOR", "LRU", "JIT_BATCH_SIZE")
 
 def launched(program:UOp) -> UOp:
   """What a launch reads of a lowered kernel: its parameters, its source and its code."""

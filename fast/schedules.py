@@ -133,7 +133,9 @@ def tensor_core_schedule(kernel:UOp, ren:Renderer) -> tuple[tuple[Opt, ...], lis
       if (amount := divisor(size, most)) > 1: s.apply_opt(Opt(op, axis, amount))
       return amount
     given = [math.prod(split(r, OptOps.UPCAST, LOAD) for r in own if r.arg[0] >= PARTS) for own in (w_own, x_own)]
-    keep = max(1, outputs // (dims[0]*dims[1]*ENOUGH))
+    # a thread has some 256 registers, half of them for what it keeps
+    most = 128 // s.ren.tensor_cores[number].elements_per_thread[2]
+    keep = max(1, min(most, outputs // (dims[0]*dims[1]*ENOUGH)))
     across = given[0] * split(n, OptOps.UPCAST, min(TILES_N, 1 << math.isqrt(2*keep).bit_length()-1) // given[0])
     down_by = max(1, min(TILES_M, keep//across))
     kept = rows = given[1] * split(m, OptOps.UPCAST, down_by // given[1])
@@ -145,7 +147,11 @@ def tensor_core_schedule(kernel:UOp, ren:Renderer) -> tuple[tuple[Opt, ...], lis
   return tuple(s.applied_opts), [(loops[r.arg[0]], amount) for v, r, amount in ((w, n, across), (x, m, kept))
                                  if r in v.src[1].get_idx().split_uop(Ops.ADD)]
 
-def group_opts(device:str, rows:int) -> tuple|None:
-  """For few sums, each over `rows`: 16 threads share a sum, on devices whose threads share memory in earnest."""
-  if device.startswith("CL") or not renderer(device).has_local: return None
-  return (Opt(OptOps.GROUPTOP, 0, 16),) if rows % 16 == 0 else ()
+def group_opts(device:str, rows:int, channels:int=0) -> tuple|None:
+  """For few sums, each over `rows`: up to 16 threads share a sum, on devices whose threads share memory in earnest."""
+  return None if device.startswith("CL") or not renderer(device).has_local else grouped(rows, channels)
+
+def grouped(rows:int, channels:int=0) -> tuple:
+  """channels: of y (B,2,channels), whose neighbours then belong to neighbouring threads, which load them together."""
+  by = (OptOps.LOCAL, 2, divisor(channels or 1, 16)), (OptOps.GROUPTOP, 0, divisor(rows, 16))
+  return tuple(Opt(*opt) for opt in by if opt[2] > 1)

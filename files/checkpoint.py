@@ -33,7 +33,7 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   readers, metadata = open_tensors(path)
   try: meta = json.loads(metadata["ddpm"])
   except (KeyError, ValueError, RecursionError): meta = {}
-  if isinstance(meta, dict): meta = {k: v for k, v in meta.items() if v is not None}
+  if isinstance(meta, dict): meta = {k: v for k, v in meta.items() if v is not None or k not in ("how", "classes")}
   if not isinstance(meta, dict) or not isinstance(meta.get("unet"), dict):
     raise ValueError(f"{path} carries no description of a network of this program: tinygrad.nn.state.load_state_dict "
                      "loads it into your own")

@@ -229,7 +229,7 @@ def test_a_description_of_no_network_is_refused(wrong, tmp_path):
 
 def test_what_a_file_leaves_open_is_left_open(tmp_path):
   checkpoint.save(tmp_path/"a.safetensors", random_model(), {"how": None, "classes": None, "limits": None})
-  assert checkpoint.load(tmp_path/"a.safetensors")[1].keys() == {"unet"}
+  assert checkpoint.load(tmp_path/"a.safetensors")[1].keys() == {"unet", "limits"}
 
 def test_bfloat16_is_the_upper_half_of_float32(tmp_path):
   head = b'{"x":{"dtype":"BF16","shape":[3],"data_offsets":[0,6]}}  '

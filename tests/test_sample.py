@@ -11,6 +11,7 @@ from ddpm import DDPM, column
 from engine.streams import normals, stream
 from engine.terminal import run
 from extras.guidance import guided
+from extras.samplers import sde
 from files import checkpoint, pictures
 from sample import SAMPLERS, draw_x_T, timesteps
 from test_ddpm import at_times, everywhere, exact, last, short
@@ -133,6 +134,15 @@ def test_guidance_0_and_1_are_identities():
   assert (guided(net, y, 1, 3)(x, t).numpy() == labelled).all() and (guided(net, y, 0, 3)(x, t).numpy() == free).all()
   assert calls == [4] * 4                                     # one evaluation, not two
   close(guided(net, y, 3.5, 3)(x, t).numpy(), 3.5 * labelled - 2.5 * free, rtol=1e-5)
+
+def test_the_reverse_sdes_steps_are_right_where_they_are_tiny():
+  """β = 8.6e-8 and α is 1 − 6e-8 or 1 − 1.2e-7 in float32. With ε̂ = 0 and z = 1 the step is √B = √−log α."""
+  d = DDPM(1000, 4e-6, 0.021, schedule="geometric")
+  (move,), _ = sde(d, d)
+  x = f32(np.zeros((1, 1, 1, 1)))
+  assert d.beta[2] < 1e-7
+  moved = move(d, lambda x, t: x * 0, x, at_times(2), x + 1, True)[0].item()
+  assert moved == pytest.approx(math.sqrt(d.beta[2]), rel=1e-5)
 
 model = lambda x, t: x * (t.reshape(-1, 1, 1, 1) * 1e-3)
 

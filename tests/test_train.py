@@ -182,6 +182,12 @@ def test_weighted_times_measure_the_bound_whatever_is_predicted(predict):
     factors.append((objectives.chances(d)[1][1:] * each)[1:].sum() / bound[1:].sum())  # L_0 is no squared error
   assert factors[0] == pytest.approx(factors[1], rel=1e-3)
 
+def test_weights_where_nothing_of_the_image_is_left():
+  """ᾱ_t is far below the last digit of 1 − ᾱ_t there: Eq. 7's weight of x_0, by which an answer in μ is divided."""
+  d = DDPM(4000, predict="mu")
+  want = [math.exp(0.5 * math.fsum(np.log1p(-d.beta[1:t]))) * d.beta[t] for t in (3900, 4000)]
+  assert d.alpha_bar[-1] < 1e-17 and d.mu_x0[[3900, 4000]] == pytest.approx(want, rel=1e-9)
+
 def test_min_snr_weighs_the_error_of_x0():
   """Above γ the weight γ/SNR turns the error of ε into γ times that of x̂_0, Eq. 15."""
   c = Config(T=50, beta_1=1e-3, beta_T=0.2, min_snr=5.0)

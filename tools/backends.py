@@ -67,10 +67,8 @@ def cards():
 
 def let_threads_share():
   """On Oclgrind, which looks for races, also run kernels whose threads share memory: fast/ has them for GPUs alone."""
-  from fast import kernels
-  from tinygrad.codegen.opt import Opt, OptOps
-  if "OCLGRIND_LOG" in os.environ:
-    kernels.group_opts = lambda device, rows: () if rows % 16 else (Opt(OptOps.GROUPTOP, 0, 16),)
+  from fast import kernels, schedules
+  if "OCLGRIND_LOG" in os.environ: kernels.group_opts = lambda device, *sizes: schedules.grouped(*sizes)
 
 def work(part:str):
   """Runs the "tests" of each operation; or, in a type, prints losses, norms and samples of a small network, as JSON."""

@@ -3,8 +3,8 @@ by WebGPU, and asks no other address for anything.
 
   python tools/page.py --checkpoint runs/mnist --out digits.html
 
-It is page.html, which has Algorithm 2 in JavaScript, with the network as tinygrad's kernels in WGSL, its weights in 16
-bits and the tables of ddpm.py. With #test behind its address, the page compares itself with Python."""
+It is page.template.html, which has Algorithm 2 in JavaScript, with the network as tinygrad's kernels in WGSL, its
+weights in 16 bits and the tables of ddpm.py. With #test behind its address, the page compares itself with Python."""
 from __future__ import annotations
 import base64, json, sys
 from pathlib import Path
@@ -17,7 +17,6 @@ from ddpm import DDPM
 from engine.capture import captured, placed
 from engine.streams import normals, stream
 from engine.terminal import parser, run
-from extras.editing import keep
 from extras.guidance import labelling
 from files.atomic import atomic
 from sample import SAMPLERS, check_places, draw_x_T, image_shape, open_model, timesteps
@@ -104,7 +103,7 @@ def make(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
                about=description(net, ddpm, meta), licence=Path(here.parents[1], "LICENSE").read_text(),
                **answers(ddpm, net, clip, known), **network(net))
   filling = json.dumps(model, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-  return here.with_suffix(".html").read_text().replace("MODEL", filling)
+  return here.with_suffix(".template.html").read_text().replace("MODEL", filling)
 
 def main(argv:list[str]|None=None):
   p = parser("page.py", "Writes a trained model as one page that draws in a browser.")
@@ -113,7 +112,6 @@ def main(argv:list[str]|None=None):
   p.add_argument("--out", default="page.html", help="(default: %(default)s)")
   p.set_defaults(dtype="float32", tf32=False)
   check_places((a := p.parse_args(argv)).out)
-  keep([str(Path(__file__).with_suffix(".html"))], a.out)
   path, net, ddpm, meta = open_model(a)
   page = make(net, ddpm, meta).encode()
   with atomic(a.out) as f: f.write(page)
