@@ -85,12 +85,16 @@ def test_what_a_card_is_asked(device, types, tmp_path, monkeypatch):
   monkeypatch.setenv("DEV", device)
   report.main(["--out", str(tmp_path/"report.md")])
   text, bench = (tmp_path/"report.md").read_text(), [c for c in asked if "tools.bench" in c and "--json" in c]
-  assert bench[0] == "-m tools.bench --preset cifar10 --batch 128 --dtype bfloat16 --json BEAM=0"
+  assert bench[0].startswith("-m tools.bench --preset cifar10 --batch 128 --dtype bfloat16 --json BEAM=0")
   assert len(bench) == 4*types and ("--tf32" in " ".join(bench)) == (types == 4)
   assert sum("BEAM=2" in c for c in bench) == sum("--preset mnist --batch 32" in c for c in bench) == 2*types
-  assert sum("torch_peer" in c for c in asked) == 6 and "--steps 200 --dtype bfloat16" in " ".join(asked)
+  assert "--steps 200 --dtype bfloat16" in " ".join(asked)
   assert text.count("| 1000.0 |") == 4*types  # seconds for 256,000 images at 256 a second
   assert "| 20.0 | 12.0 | 10.00 |" in text    # 998 steps take 9.98 s
+  if device == "METAL":  # where the network in PyTorch would be on the processor
+    assert not any("torch_peer" in c for c in asked)
+    return
+  assert sum("torch_peer" in c for c in asked) == 6
   peer = "| card | channels_last, contiguous | fused | 256.0 | 0 | 512.0 | 0.50 | 256.0 | 1.00 |"
   assert f"| cifar10 | 128 | bfloat16 | yes {peer}" in text and f"| mnist | 32 | float32 | no {peer}" in text
 
