@@ -11,6 +11,7 @@ from tinygrad import Tensor, dtypes
 import data, sample
 from ddpm import CHOICES, DDPM
 from engine import folder, hosts
+from engine.batches import ahead
 from engine.capture import captured, placed
 from engine.device import open_device
 from engine.state import State
@@ -179,8 +180,8 @@ def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Pa
     chances = objectives.chances(ddpm, c.min_snr)[1] if c.times == "weighted" else None
     held_out = objectives.held_out(c, null, how, chances)
     with folder.Record(c, state, loss, held_out, show, about, fixed, begun, smooth) as record:
-      for n in range(begun + 1, c.steps + 1):                            # 1: repeat
-        batch = draw(c, found.images, found.labels, null, n, chances)    # 2-4: x₀, t, ε
+      def drawn(n:int) -> Batch: return draw(c, found.images, found.labels, null, n, chances)
+      for n, batch in ahead(drawn, range(begun + 1, c.steps + 1)):       # 1: repeat; 2-4: x₀, t, ε
         each = state.gradient(loss, batch, c.accum)                      # 5: ∇_θ ‖ε − ε_θ(xₜ, t)‖²
         rate = rates(c, n)                                               #    and a step against it
         norm = float(update(placed(np.array(rate, np.float32), state.device)).numpy())

@@ -1,6 +1,8 @@
 """Work in batches of one size, so that one captured step serves them all; and which images and times are taken."""
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import tqdm
@@ -8,6 +10,8 @@ from engine import hosts
 from engine.capture import placed
 from engine.streams import stream
 from files.bar import progress
+
+T = TypeVar("T")
 
 def choose(total:int, n:int, seed:int, use:str) -> np.ndarray:
   """n of the indices below `total`, in order, or all if there are fewer. use: a word of `stream`."""
@@ -30,6 +34,16 @@ def in_batches(step:Callable[[np.ndarray, Callable], np.ndarray], n:int, size:in
   with tqdm(total=len(starts) * rounds, desc=desc, disable=None if desc else True) as bar:
     parts = [step(np.minimum(np.arange(k, k + size), n - 1), bar.update) for k in starts]
   return hosts.gather(np.concatenate(parts, -1))[..., :n]
+
+def ahead(make:Callable[[int], T], items:Iterable[int]) -> Iterator[tuple[int, T]]:
+  """(i, make(i)) of each item. The next one is made in a thread meanwhile, so that no device waits for it."""
+  before = None
+  with ThreadPoolExecutor(1) as pool:
+    for i in items:
+      made = i, pool.submit(make, i)
+      if before: yield before[0], before[1].result()
+      before = made
+    if before: yield before[0], before[1].result()
 
 def mean_error(v:np.ndarray) -> tuple[float, float|None]:
   """The mean and its standard error, None for a single value."""

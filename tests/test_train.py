@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from common import ROOT, TINY, arr, close, f32, random_model, refused, rng
 from engine import folder
+from engine.batches import ahead
 from engine.capture import placed
 from engine.state import State
 from engine.terminal import run as program
@@ -261,6 +262,17 @@ def test_every_t_is_trained_and_the_draws_are_independent():
   for p in (0.0, 1.0):
     dropped = train.draw(dataclasses.replace(c, drop_labels=p), x, y, 10, 1).y
     assert (dropped == (10 if p else 0)).all() and dropped.dtype == np.int32
+
+def test_what_is_drawn_ahead_comes_in_order_and_so_does_what_goes_wrong():
+  made, end = [], 5
+  def make(i):
+    if i == end: raise ValueError("no fifth")
+    return made.append(i) or i * i
+  assert list(ahead(make, range(1, 5))) == [(1, 1), (2, 4), (3, 9), (4, 16)] and made == [1, 2, 3, 4]
+  found = ahead(make, range(3, 9))
+  assert [next(found), next(found)] == [(3, 9), (4, 16)]
+  with pytest.raises(ValueError, match="no fifth"): next(found)
+  assert list(ahead(make, [])) == []
 
 def test_flips_know_nothing_of_the_times():
   """Image i was once flipped at step n + 1 if and only if t of image 2i + 1 at step n was at most T/2."""
