@@ -653,12 +653,12 @@ def test_a_run_that_is_told_to_end_while_it_compiles(tmp_path, start):
 
 @pytest.mark.parametrize("how, error", ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)))
 def test_whoever_calls_fit_learns_of_the_stop(tmp_path, monkeypatch, how, error):
-  draw, both = data.batch_at, (signal.SIGINT, signal.SIGTERM)
+  rates, both = train.rates, (signal.SIGINT, signal.SIGTERM)
   handlers = [signal.signal(s, signal.default_int_handler) for s in both]
-  def signalled(images, labels, step, *rest):
-    if step == 2: signal.raise_signal(how)
-    return draw(images, labels, step, *rest)
-  monkeypatch.setattr(data, "batch_at", signalled)
+  def signalled(c, n):
+    if n == 3: signal.raise_signal(how)
+    return rates(c, n)
+  monkeypatch.setattr(train, "rates", signalled)
   try:
     with pytest.raises(error): fit(tmp_path)
     assert signal.getsignal(how) is signal.default_int_handler
