@@ -35,7 +35,7 @@ def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
     numbers come in numeric order, other names sorted. Without sub-folders it is the letters before
     a "_", as in cat_1.png, if all names begin so. A dataset.json says it otherwise. Transparent
     pixels become white, an animation gives its first frame; C is 1 if every image is gray, else 3.
-  - A .npy or an .npz file (arr_0 and arr_1, images and labels, or x and y), or an array and its
+  - A .npy or an .npz file (arr_0 and arr_1; images and labels; or x and y), or an array and its
     `labels`. `files.dataset.channels_first` says how the axes are told apart. Floats of any finite
     range are scaled to [-1, 1].
   split: "train" or "test". A folder or .zip with train/ beside test/, val/, valid/, validation/ or

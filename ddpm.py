@@ -52,7 +52,7 @@ class DDPM:
     prev = np.append(0.0, noise_var[:-1])                                   # 1−ᾱₜ₋₁
     self.sqrt_alpha, self.sqrt_beta = np.sqrt(self.alpha), np.sqrt(beta)
     self.sqrt_alpha_bar, self.noise_std = np.sqrt(self.alpha_bar), np.sqrt(noise_var)  # √(1−ᾱₜ)
-    noise_var[0] = 1                                                        # or row 0 were 0/0
+    noise_var[0] = 1                                                        # keeps row 0 from 0/0
     self.mu_x0 = np.append(1, self.sqrt_alpha_bar[:-1]) * beta / noise_var  # Eq. 7: weights in μ̃
     self.mu_xt, self.beta_tilde = np.sqrt(self.alpha) * prev / noise_var, prev / noise_var * beta
     self.var = self.beta_tilde if self.sigma == "beta_tilde" else beta      # Section 3.2: σₜ²
@@ -61,7 +61,7 @@ class DDPM:
     self.beta_tilde_0, self.var_0 = (np.r_[v[0], least, v[2:]] for v in (self.beta_tilde, self.var))
     r = np.append(1, self.beta_tilde_0[1:] / self.var_0[1:])
     self.kl_const = (r - 1 - np.log(r)) / 2  # Eq. 8's C: KL(N(μ, β̃ₜ) ‖ N(μ, σₜ²)), r = β̃ₜ/σₜ²
-    # Answers in μ and log σ² are of the whole chain's step: x̂_0 is by its Eq. 7, σ² scaled by β.
+    # A network's μ and log σ² are of the whole chain's step: its Eq. 7 gives x̂_0, its β scales σ².
     self.out_x0, self.out_xt, self.log_scale = self.mu_x0, self.mu_xt, np.zeros(self.T + 1)
     if whole is not None:
       self.out_x0, self.out_xt = whole.out_x0[step_of], whole.out_xt[step_of]

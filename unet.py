@@ -197,8 +197,9 @@ def check(c:dict):
   channels, mult, groups = c["channels"], c["channel_mult"], c["norm_groups"]
   (H, W), part, head = np.broadcast_to(c["image_size"], 2), 2**len(mult)//2, c["head_channels"]
   sizes = (c["in_channels"], c["out_channels"] or 1, c["num_res_blocks"], H, W, channels, groups)
-  if not mult or min(*sizes, *mult, c["num_classes"]+1, head+1) < 1:
-    raise ValueError("every size of the network must be 1 or more")
+  sizes = np.array([*sizes, *mult, c["num_classes"]+1, head+1])
+  if not mult or sizes.dtype.kind not in "iu" or sizes.min() < 1:
+    raise ValueError("every size of the network must be a whole number, 1 or more")
   if H % part or W % part:
     raise ValueError(f"images of {H}x{W} do not divide by {part}: crop, pad or take fewer levels")
   if channels % 2 or channels < 4 or channels % groups or head and channels*mult[-1] % head:

@@ -45,7 +45,7 @@ def copied(v:Tensor, device:str) -> Tensor:
   if not isinstance(source, Buffer): return v.clone(device).realize()
   made = Buffer(device, source.size, source.dtype).allocate().copy_from(source)
   # CUDA and OpenCL keep the host's side of each copy until it is waited for
-  if len(getattr(Device[device], "pending_copyin", ())) > 64: Device[device].synchronize()
+  if len(getattr(Device[device], "pending_copyin", ())) > 16: Device[device].synchronize()
   return Tensor(UOp.from_buffer(made, device)).reshape(v.shape)
 
 def inside(flat:Tensor, device:str, start:int, shape:tuple[int, ...]) -> Tensor:

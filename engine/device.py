@@ -42,7 +42,8 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
   asked, compiler = os.environ.get("DEV", ""), find_compiler()
   if os.sep not in helpers.CACHEDB:  # tinygrad would make a folder of that name
     raise ValueError(f"CACHEDB={helpers.CACHEDB}: give the file's whole path")
-  try: helpers.CACHELEVEL < 1 or helpers.db_connection()
+  try:
+    if helpers.CACHELEVEL >= 1: helpers.db_connection()
   except (OSError, sqlite3.Error) as e:
     raise OSError(f"tinygrad's cache {helpers.CACHEDB} cannot be opened ({e}): set CACHEDB to a file elsewhere") from e
   # no user can act on the warnings of a kernel's compiler: clang, also inside of PoCL

@@ -33,7 +33,6 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   readers, metadata = open_tensors(path)
   try: meta = json.loads(metadata["ddpm"])
   except (KeyError, ValueError, RecursionError): meta = {}
-  if isinstance(meta, dict): meta = {k: v for k, v in meta.items() if v is not None or k not in ("how", "classes")}
   if not isinstance(meta, dict) or not isinstance(meta.get("unet"), dict):
     raise ValueError(f"{path} carries no description of a network of this program: tinygrad.nn.state.load_state_dict "
                      "loads it into your own")
@@ -49,9 +48,7 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
 def build(config:dict, path:str) -> UNet:
   """The network of a checkpoint's arguments."""
   args:dict = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-  try:
-    if np.asarray(args.get("image_size", 0)).dtype.kind == "f": raise TypeError("image_size is no whole number")
-    return UNet(**args)
+  try: return UNet(**args)
   except (TypeError, AttributeError, ArithmeticError) as e:
     raise ValueError(f"{path} does not describe a network of this program: {e}") from e
 

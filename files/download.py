@@ -28,16 +28,15 @@ def model(name:str, raw:bool=False) -> Path:
   # other programs may have fetched the network without its diffusion
   if there and (offline in YES or any(theirs.glob("**/scheduler_config.json"))): return theirs
   if offline in YES: raise OSError(f"{name!r} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub")
-  try: return fetched(name, folder, theirs, raw)
+  url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+  url = f"{url}/{urllib.parse.quote(repo)}/resolve/{urllib.parse.quote(revision, safe='')}"
+  try: return fetched(name, url, folder, theirs, raw)
   except OSError:
     if not there: raise
     return theirs
 
-def fetched(name:str, folder:Path, theirs:Path, raw:bool) -> Path:
+def fetched(name:str, url:str, folder:Path, theirs:Path, raw:bool) -> Path:
   """The folder, with all that the hub has of a model. What is in the folder `theirs` is copied from there."""
-  repo, revision = (name.split("@") + ["main"])[:2]
-  url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-  url = f"{url}/{urllib.parse.quote(repo)}/resolve/{urllib.parse.quote(revision, safe='')}"
   def get(file:str) -> bool:
     """Whether the hub has it, and then we too."""
     if (theirs/file).is_file() and not (folder/file).exists():

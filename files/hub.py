@@ -223,9 +223,10 @@ def check_images(meta:dict, path:str|os.PathLike):
     size, fit, mode = v.get("size"), ("crop", "pad", "stretch"), (None, "gray", "rgb")
     return whole(v.get("multiple", 1)) and v.get("fit", "crop") in fit and v.get("mode") in mode and (
       size is None or whole(size) or isinstance(size, list) and len(size) == 2 and all(map(whole, size)))
-  known:dict[str, Callable] = {"limits": numbers, "classes": names, "dataset": lambda v: isinstance(v, str), "how": how}
+  known:dict[str, Callable] = {"limits": lambda v: v is None or numbers(v), "classes": names, "how": how,
+                               "dataset": lambda v: v is None or isinstance(v, str)}
   for k, right in known.items():
-    if meta.get(k) is not None and not right(meta[k]):
+    if k in meta and not right(meta[k]):
       raise ValueError(f"{path}: what it says of its images is damaged: {k} = {str(meta[k])[:80]}")
 
 def read_json(path:Path) -> dict:

@@ -256,7 +256,7 @@ def test_download_goes_on_to_the_next_mirror(mirrors):
 def test_a_wrong_download_never_enters_the_cache(mirrors, monkeypatch):
   _, asked, tmp_path = mirrors
   monkeypatch.setitem(sites.MIRRORS, "mnist", sites.MIRRORS["mnist"][:3])
-  refused(lambda: data.load("mnist"), "train-images-idx3-ubyte.gz", "404", "SHA-256")
+  refused(lambda: data.load("mnist"), "train-images-idx3-ubyte.gz", "404", "broke off", "SHA-256")
   assert len(asked) == 3 and not list((tmp_path / "xdg/ddpm/mnist").iterdir())
   monkeypatch.setattr(sites, "LIMIT", 100)
   refused(lambda: data.load("mnist"), "too long")

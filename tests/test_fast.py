@@ -2,7 +2,7 @@
 import contextlib, ctypes, os, shutil, signal, sqlite3, subprocess, sys, threading, time
 import numpy as np
 import pytest
-import engine.device, tinygrad.device, tinygrad.schedule
+import engine.capture, engine.device, tinygrad.device, tinygrad.schedule
 import unet
 from common import ROOT, arr, close
 from engine.capture import captured
@@ -363,6 +363,30 @@ def test_processes_that_died_while_they_waited_are_replaced(monkeypatch):
       list(workers.get().imap_unordered(abs, [-1, 2]))
     assert workers.pool is None
 
+def test_copies_are_waited_for_before_they_fill_the_hosts_memory(monkeypatch):
+  """Where a device keeps the host's side of each until then, as CUDA and OpenCL do."""
+  class Card:
+    pending_copyin = []
+    def synchronize(self): waited.append(len(self.pending_copyin)) or self.pending_copyin.clear()
+  card, waited = Card(), []
+  monkeypatch.setattr(engine.capture, "Device", {Device.DEFAULT: card})
+  for _ in range(40):
+    card.pending_copyin.append(0)
+    engine.capture.placed(arr(3), Device.DEFAULT)
+  assert len(waited) == 2 and max(waited) == 17
+
+@pytest.mark.parametrize("error,says", [
+  (StopIteration(), "does not know this card"), (ValueError("a\nb"), "(a)"), (KeyError(), "KeyError"),
+  (ExceptionGroup("none", [OSError("no /dev/kfd"), ValueError("no comgr")]), "no /dev/kfd; no comgr")])
+def test_why_a_device_does_not_open(error, says, monkeypatch):
+  class Devices(dict):
+    DEFAULT = "NV"
+    def __missing__(self, name): raise error
+  monkeypatch.setenv("DEV", "NV")
+  monkeypatch.setattr(engine.device, "Device", Devices())
+  with pytest.raises(RuntimeError) as e: open_device(silent=True)
+  assert says in str(e.value) and "DEV=NV" in str(e.value)
+
 def test_tf32_is_of_the_run_that_asks_for_it(monkeypatch):
   """A kernel for tensor cores is another with it."""
   for name in ("ALLOW_TF32", "CC", "CCC_OVERRIDE_OPTIONS", "POCL_EXTRA_BUILD_FLAGS"):
@@ -546,6 +570,7 @@ def test_a_second_program_schedules_and_lowers_nothing(tmp_path):
   assert first[0] == "True" and second[0] == "False" and first[1:] == second[1:]
   assert other[0] == "True" and other[2] == first[2]  # what is new is made
   assert call(TRANSCENDENTAL="2")[0] == "True"        # and under another setting all of it
+  assert call(TRAINING="1") == second                 # but not where no kernel depends on it
 
 def test_kept_schedules_know_the_kernels_code(tmp_path):
   """After an edit of a kernel nothing that was made with the old one is used."""

@@ -15,6 +15,7 @@ from files import checkpoint, pictures
 from files.weights import read_tensors, write_tensors
 from PIL import Image
 from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers, nn
+from tinygrad.device import CompileError
 import data, sample, train
 from ddpm import DDPM
 from train import Config
@@ -374,6 +375,11 @@ def test_the_program_ends_with_one_sentence(flags, says, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit) as end: program(lambda: train.main([*SMALL, *flags]))
   assert says in end.value.code and "\n" not in end.value.code
+
+def test_an_error_of_a_kernels_compiler_is_one_sentence():
+  def failing(): raise CompileError("kernel.cu(3): cannot open source file\n  \"cuda_bf16.h\"")
+  with pytest.raises(SystemExit) as end: program(failing)
+  assert "cuda_bf16.h" in str(end.value) and "CUDA_PATH" in str(end.value) and "\n" not in str(end.value)
 
 @pytest.mark.parametrize("init", (False, True))
 @pytest.mark.parametrize("env,says", [

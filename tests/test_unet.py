@@ -305,6 +305,7 @@ def test_where_attention_is(size, attn, where):
   ({"image_size": 9}, "divide"), ({"norm_groups": 3}, "groups"), ({"channels": 7}, "even|groups"),
   ({"dropout": 1.0}, "dropout"), ({"channel_mult": ()}, "size"), ({"num_classes": -1}, "size"),
   ({"image_size": (8, 9)}, "8x9"), ({"head_channels": 3}, "head_channels"), ({"down_pad": 2}, "down_pad"),
-  ({"out_channels": -1}, "size"), ({"norm_eps": 0}, "norm_eps")])
+  ({"out_channels": -1}, "size"), ({"norm_eps": 0}, "norm_eps"), ({"image_size": 8.0}, "whole"),
+  ({"image_size": (8, 8.0)}, "whole"), ({"channel_mult": (1, 1.5)}, "whole")])
 def test_sizes_that_do_not_fit(wrong, word):
   with pytest.raises(ValueError, match=word): unet.UNet(**{**TINY, **wrong})
