@@ -171,12 +171,12 @@ def report_bound(T:int, b:Bound, how:str) -> dict:
   table(L_T=(L_T, "bits/dim"), L_1_to_L_T_minus_1=(bpd - L_0 - L_T, f"({how})"),
         rate=(bpd - L_0, "(the two together)"), distortion=(L_0, f"(L_0; RMSE {rmse:.3f} of 255)"),
         total=(bpd, f"± {error or math.nan:.6f}, the standard error over images"),
-        squared_error_of_eps=(mse_t @ b.weight / T, "(mean over t = 1..T)"))
+        squared_error_of_eps=(mse := mse_t @ b.weight / T, "(mean over t = 1..T)"))
   if L_T >= 1e-4:
     print(f"evaluate.py: warning: L_T = {L_T:.2g} bits/dim is not close to 0: x_T still shows x_0, "
           "but samples start from N(0, I); train with a larger T or betas", file=sys.stderr)
   return {"bits_per_dim": bpd, "standard_error": error, "rate": bpd - L_0, "distortion": L_0,
-          "rmse": rmse, "mse": mse_t @ b.weight / T, "L_T": L_T, "L_0": L_0,
+          "rmse": rmse, "mse": mse, "L_T": L_T, "L_0": L_0,
           "t": b.t.mean(0).tolist(), "weight": b.weight.tolist(), "L_t": b.L.mean(0).tolist(),
           "mse_t": mse_t.tolist(), "estimator": how, "per_image": b.total.tolist()}
 

@@ -642,7 +642,7 @@ def test_a_set_that_turns_out_gray_needs_the_room_of_one_channel(offline, monkey
   assert data.read(offline / "f").images.shape == (4, 1, 100, 100)
 
 def test_names_of_any_length(offline):
-  long = "照" * 80  # 240 bytes of the 255 that a name may have
+  long = "照" * 84  # 252 bytes of the 255 that a name may have
   put(offline / long / "a.png", 7)
   assert data.read(offline / long).images.max() == 7
 
