@@ -7,7 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 from files.atomic import atomic
 
 def save_png(path:str|os.PathLike, img:Image.Image):
-  with atomic(path) as f: img.save(f, format="PNG")
+  """As PNG; or, where the name ends in another format that Pillow writes, such as .jpg, in that."""
+  kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "PNG")
+  with atomic(path) as f: img.save(f, format=kind if kind in Image.SAVE else "PNG")
 
 def save_gif(path:str|os.PathLike, frames:list[Image.Image], ms:int=60):
   """An endless animation of PIL images, `ms` milliseconds each, that rests on its last frame for two seconds."""

@@ -55,6 +55,12 @@ def test_the_terminal_shows_the_pixels(c, h):
   assert not shown[:, :, 5].any() and not shown[:, h:].any()
   assert pictures.to_terminal(images, columns=2).split("\n")[0].count("▀") == 5  # at least one
 
+@pytest.mark.parametrize("name,kind", [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.webp", "WEBP"), ("a", "PNG"),
+                                       ("a.npz", "PNG")])
+def test_a_picture_is_what_its_name_says(name, kind, tmp_path):
+  pictures.save_png(tmp_path/name, pictures.grid(np.zeros((1, 1, 8, 8), np.uint8)))
+  assert Image.open(tmp_path/name).format == kind
+
 def test_files_hold_what_was_saved(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 9), np.uint8)
   pictures.save_png(tmp_path / "new" / "folder" / "a.png", pictures.grid(images, 3, 1))
