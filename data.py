@@ -1,7 +1,7 @@
 """Section 4, the experiments' set-up: a name, a path or an array in, batches of images out.
 
 Images are uint8 (N, C, H, W) on the host; the device alone sees x / 127.5 - 1. Images of floats are
-float32 in [-1, 1] already. Whatever is wrong with a name, a file or the network is said in one
+float32 in [-1, 1] already. Whatever is wrong with a name, a file or a download is said in one
 sentence, by a ValueError or an OSError, which the programs print.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from engine.streams import stream
 from files import dataset, images as image_files, mirrors
 from files.dataset import Dataset
 
-DATASETS = ("glyphs", "mnist", "fashion_mnist", "cifar10")
+DATASETS = tuple(mirrors.CLASSES)
 
 def load(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
          **how:Any) -> tuple[np.ndarray, np.ndarray]:
@@ -70,10 +70,10 @@ def batch_at(images:np.ndarray, labels:np.ndarray, step:int, batch:int, seed:int
              flip:bool=False) -> tuple[np.ndarray, np.ndarray]:
   """Algorithm 1, line 2, x_0 ~ q(x_0): one step's images (batch, C, H, W) and labels (batch,).
 
-  It depends on seed and step (0, 1, ...) alone, so training resumes with the batches it would have
-  had. The steps read an endless row of permutations, an epoch each: every image comes once in an
-  epoch, for any batch size. flip: each image is mirrored left to right with probability 1/2
-  (Appendix B, CIFAR-10)."""
+  It depends on seed and step (0, 1, ...) alone, so a resumed run gets the batches it would have
+  had. Steps read on through one permutation of the images after another, an epoch each: every image
+  comes once in an epoch, for any batch size. flip: mirrored left to right with probability 1/2
+  (Appendix B: CIFAR-10, and all the others but LSUN Bedroom)."""
   n = len(images)
   if batch < 1 or step < 0 or seed < 0 or n == 0:
     raise ValueError(f"no batch of {batch} at step {step} with seed {seed} from {n} images")
@@ -115,7 +115,7 @@ def in_range(x:np.ndarray) -> np.ndarray:
   return x.clip(-1, 1)
 
 def levels(x:Any) -> np.ndarray:
-  """Images as uint8 (n, C, H, W), from those or their levels k / 127.5 - 1, an array or a Tensor.
+  """Images as uint8 (n, C, H, W), from uint8 or levels k / 127.5 - 1, an array or a Tensor.
 
   ValueError for anything else: the decoder of Eq. 13 is for 256 levels."""
   if hasattr(x, "numpy"): x = x.numpy()

@@ -35,7 +35,7 @@ def variational_bound(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable[[int]
     total = (total + ddpm.vlb_term(x0, x_t, at, model(x_t, at), clip)).realize()
   return total
 
-class Bound(NamedTuple):  # in bits/dim
+class Bound(NamedTuple):  # total, L_T and L in bits/dim; errors for each dimension
   total:np.ndarray    # (n,) L_T + L @ weight
   L_T:np.ndarray      # (n,)
   t:np.ndarray        # (n, m) the times whose terms were computed; the first is 1
@@ -79,8 +79,8 @@ def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t
 def times(T:int, n:int, seed:int=0, samples_t:int|None=None) -> tuple[np.ndarray, np.ndarray]:
   """Terms of Eq. 5 to compute: t (n, m), and the number of terms each column stands for, (m,).
   The first column is t = 1, L_0. The others are all of 2..T or, for each image, one draw from each
-  of samples_t strata: an unbiased estimate. Strata are wider at larger t, where terms are less."""
-  width = np.diff(edges := geometric(T, min(samples_t or T, T - 1)) if T > 1 else np.ones(1, int))
+  of samples_t strata: an unbiased estimate. Strata are wider at larger t, as terms shrink."""
+  width = np.diff(edges := geometric(T, min(samples_t or T, T - 1)))
   u = [stream(seed, "times of the bound", i).random(len(width)) for i in range(n)]
   t = edges[:-1] + 1 + (np.array(u).reshape(n, -1) * width).astype(int)
   return np.insert(t, 0, 1, axis=1), np.insert(width.astype(float), 0, 1)
@@ -102,13 +102,13 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
   """The bound by naive Monte Carlo, Eq. 3: −log [p_θ(x_{0:T}) / q(x_{1:T} | x_0)] on one trajectory
   of each image; and Eq. 5 on the same one ("Rao-Blackwellized", Section 2).
   The means agree: `sampled` sums to eq3 and `kl` to Eq. 5, with L_0 in the first column of both.
-  Each KL varies less than its draw. But the sum of the draws may vary less than that of the KLs,
-  because draws along one trajectory are anticorrelated. x0, labels: see `bound`."""
+  Each KL varies less than the draw it replaces. Yet their sum may vary more than that of the draws,
+  which are anticorrelated along a trajectory. x0, labels: see `bound`."""
   x0 = data.levels(x0)
   def step(x0:Tensor, x_t:Tensor, t:Tensor, *y:Tensor) -> tuple[Tensor, ...]:
     out = model(x_t, t, *y).contiguous()
     mean, var, _ = ddpm.p_mean_var(x_t, t, out, clip)
-    return tuple(v.realize() for v in (mean, mean * 0 + var, ddpm.vlb_term(x0, x_t, t, out, clip)))
+    return tuple(v.realize() for v in (mean, mean*0 + var, ddpm.vlb_term(x0, x_t, t, out, clip)))
   ask = captured(step)
   def walk(i:np.ndarray, tick:Callable) -> np.ndarray:
     start = data.scaled(x0[i]).astype(np.float64)

@@ -14,7 +14,7 @@ from extras import editing, guidance
 from files import pictures
 from files.atomic import atomic
 
-class Model:  # a trained model, and draw(), by which a figure of n rows draws with Algorithm 2
+class Model:  # a trained model; draw() is Algorithm 2 for the n rows of a figure
   def __init__(self, a:argparse.Namespace, n:int):
     self.path, self.net, self.ddpm, self.meta = sample.open_model(a)
     self.shape, self.classes = sample.image_shape(self.net), self.net.config["num_classes"]
@@ -37,12 +37,12 @@ def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of
 
 def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
   """Section 4.3, Figure 5: rows (t, rate, distortion) of `bound`, from t = T down. rate: bits/dim
-  received once x_t is known, L_T and the terms of all later times. distortion: the RMSE of x̂_0,
-  estimated from x_t, on the scale 0..255. Of strata, a row is one stratum's average."""
+  sent once x_t is known: L_T and the terms of all times above t. distortion: the RMSE of x̂_0,
+  estimated from x_t, on the scale 0..255. With strata, each row is the mean of one stratum."""
   spent = np.zeros(T + 2)                                  # the average image's term of each time
   np.add.at(spent, b.t, b.L * b.weight / len(b.t))
-  later = b.L_T.mean() + spent[:0:-1].cumsum()[::-1]       # at t: L_T and all terms beyond t
-  return np.stack([b.t.mean(0), later[b.t].mean(0), 127.5 * np.sqrt(b.mse_x0.mean(0))], 1)[::-1]
+  above = b.L_T.mean() + spent[:0:-1].cumsum()[::-1]       # at t: L_T and the terms of times > t
+  return np.stack([b.t.mean(0), above[b.t].mean(0), 127.5 * np.sqrt(b.mse_x0.mean(0))], 1)[::-1]
 
 def figure_5(a:argparse.Namespace):
   """Figure 5: distortion and rate against the steps T−t, and distortion against rate."""
@@ -90,7 +90,7 @@ def figure_8(a:argparse.Namespace):
   λ = 0, 0.1 .. 1, x'_0. In a row all λ share the noise of x_t and x'_t, and that of the decoding.
   (Section 4.4 prints x_0, x'_0 for x_t, x'_t.) --ddim: with DDIM's x_T, not in the paper."""
   m = Model(a, 4)
-  at = a.at or (m.ddpm.T if a.ddim else 500)
+  at = a.at or (m.ddpm.T if a.ddim else (m.ddpm.T + 1) // 2)
   if at > m.ddpm.T: raise ValueError(f"--at {at}: choose 1 to T = {m.ddpm.T}")
   if len(a.images or ()) % 2: raise ValueError("--images takes two files for each row")
   x0 = data.scaled(pairs(a, m))
@@ -109,15 +109,15 @@ def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test i
   if a.images: return editing.read(a.images, m.shape, m.meta.get("how"))
   x, rng = m.images(a), stream(a.seed, "interpolated images")
   return x[rng.choice(len(x), min(2 * m.n, len(x) // 2 * 2), replace=False)]
-
 def table_2(a:argparse.Namespace):
   """Table 2's rows on a small budget, in bits/dim (the paper's columns are IS and FID)."""
-  name, steps = a.dataset or "glyphs", ["--steps", str(a.steps)] if a.steps else []
+  name, given = a.dataset or "glyphs", {"steps": a.steps, "seed": a.seed, "data-dir": a.data_dir}
+  more = [f"--{k}={v}" for k, v in given.items() if v]
   rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
   for predict, (loss, sigma) in rows:
-    out = f"runs/table2/{name}-{predict}-{loss}-{sigma}"
+    out = f"runs/table2/{Path(name).stem}-{predict}-{loss}-{sigma}"
     train.main(["--dataset", name, "--out", out, "--predict", predict, "--loss", loss, "--sigma",
-                sigma, "--no-class-conditional", "--sample-every", "0", *steps])
+                sigma, "--no-class-conditional", "--sample-every", "0", *more])
     asked = argparse.Namespace(**vars(a) | {"checkpoint": out, "dataset": name, "steps": None})
     value, error = mean_error(measured(asked, 500)[1].total)
     print(f"{predict:>4}  L_{loss:<7}  {sigma:>8}  {value:9.4f} ± {error:.4f} bits/dim")
@@ -131,7 +131,7 @@ def main(argv:list[str]|None=None):
   add("--n", type=number(int, 1), help="rows, or images that are measured")
   add("--steps", type=number(int, 1), help="of sampling (default: T); table2: of training")
   add("--k", type=number(int, 1, 100), help="7: images from one latent x_t (7)")
-  add("--at", type=number(int, 1), help="8: the time of the latents (500; with --ddim T)")
+  add("--at", type=number(int, 1), help="8: the time of the latents (T/2; with --ddim T)")
   add("--ddim", action="store_true", help="8: along DDIM's latents, without noise")
   add("--images", nargs="+", metavar="FILE", help="8: two for each row, else test images")
   add("--dataset", help="default: the checkpoint's; table2: glyphs")

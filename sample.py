@@ -1,10 +1,10 @@
 """Algorithm 2 of DDPM (Ho, Jain, Abbeel 2020, arXiv:2006.11239): drawing images.
 
-  python sample.py                                    # 16 images of the newest run into samples.png
-  python sample.py --sampler ddim --steps 50 --n 64   # in a twentieth of the time
+  python sample.py                             # 16 images of the newest run into samples.png
+  python sample.py --sampler ddim --steps 50   # in a twentieth of the steps
 
 SAMPLERS[name](ddpm, model, x_T, steps, seed=0, ...) yields (t, x_t, x̂_0) after each step: the time
-that it reached, the image there, and the model's estimate of x_0. The last t is 0."""
+that it reached, the image there, and the model's x̂_0. The last t is 0, or the last of `steps`."""
 from __future__ import annotations
 import argparse, functools, inspect, math, os, sys
 from collections.abc import Callable, Iterator, Sequence
@@ -51,11 +51,11 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
                 moves:Callable[..., Moves]=ancestral, **options) -> Visits:
   """Algorithm 2. Another sampler has other moves in the place of line 4, see extras/samplers.py.
 
-  model: any model(x_t, t) on tensors. x_T: (B, C, H, W). steps: how many, evenly spread, or the
-  times [T_0, ..., 0]: x_T is then of time T_0. Fewer than T steps are a shorter chain, `every`.
-  seed, first: image i draws from (seed, i) alone, the same in a batch of any size; first is the
-  index of the first image, or one index for each. clip: whether x̂_0 is brought into [-1, 1] (the
-  authors' code, not in the paper). jits: a dict that keeps captured steps for the next call.
+  model: any model(x_t, t) on tensors. x_T: (B, C, H, W). steps: how many, evenly spread; or times
+  [T_0, ..., T_n], x_T being at T_0; T_n may be above 0. Fewer than T are a shorter chain, `every`.
+  seed, first: image i draws from (seed, i) alone, whatever the batch; first is the i of the first
+  image, or a list of them all. clip: x̂_0 is brought into [-1, 1] (the authors' code, not in the
+  paper). jits: a dict that keeps captured steps for the next call.
   ValueError for wrong steps, seeds, indices and options."""
   even = isinstance(steps, (int, np.integer))
   times = timesteps(ddpm.T, int(steps)) if even else list(np.atleast_1d(steps))  # type: ignore
@@ -73,20 +73,20 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   key = (ddpm, id(model), *times, clip, moves, *options.items(), start.shape, start.device)
   step = {m: on_device(m, chain, model, clip, jits, (*key, i)) for i, m in enumerate(made)}
   def loop(x_t:Tensor) -> Visits:                  # 1: x_T ~ N(0, I)
-    x0_hat = x_t.zeros_like().contiguous().realize()
+    x0_hat = placed(np.zeros(x_t.shape, np.float32), str(x_t.device))
     for t in range(chain.T, last - 1, -1):         # 2: for t = T, ..., 1 do
       for move in made:
         z = normals(rngs, x_t.shape[1:]) if noisy else x0_hat  # 3: z ~ N(0, I), unused at t = 1
         x_t, x0_hat = step[move](x_t, t, z)        # 4: xₜ₋₁ = 1/√αₜ (xₜ − βₜ/√(1−ᾱₜ) ε_θ) + σₜ z
-      if t == 1: x_t = x0_hat                      # x_0 = μ_θ(x_1, 1), without noise: Section 3.3
+      if t == 1: x_t = x0_hat                      # x_0 = μ_θ(x_1, 1) for all of them: Section 3.3
       yield int(chain.times[t - 1]), x_t, x0_hat   # 5: end for
   return loop(start)                               # 6: return x_0
 
 def on_device(move:Callable, chain:DDPM, model:Callable, clip:bool, jits:dict|None,
               key:tuple) -> Callable[[Tensor, int, np.ndarray|Tensor], list[Tensor]]:
-  """A move as one captured step, from x_t, the chain's t and the noise z to x_{t-1} and x̂_0."""
-  told = Tensor(chain.times.astype(np.int32)).realize()
-  def network(x:Tensor, t:Tensor) -> Tensor: return model(x, told.to(x.device)[t])
+  """A move as one captured step: (x_t, t as the chain counts, noise z) -> x_{t-1} and x̂_0."""
+  times = Tensor(chain.times.astype(np.int32)).realize()
+  def network(x:Tensor, t:Tensor) -> Tensor: return model(x, times.to(x.device)[t])
   def step(x_t:Tensor, t:Tensor, z:Tensor) -> tuple[Tensor, ...]:
     return move(chain, network, x_t, t, z, clip)
   jit = captured(step, jits, key)
@@ -141,7 +141,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   model_flags(add := p.add_argument)
   add("--sampler", choices=SAMPLERS, default="ddpm")
   add("--steps", type=number(int, 1), help="1 to T (default: T)")
-  add("--eta", type=number(float, 0, 1), help="ddim's noise: 0, none, to 1, Algorithm 2's")
+  add("--eta", type=number(float, 0, 1), help="ddim's noise, from 0, none, to 1, σ² = beta_tilde")
   add("--no-clip", action="store_true", help="leave x̂_0 as it is, not brought into [-1, 1]")
   add("--n", type=number(int, 1), help="images (default: 16), or images of each class (8)")
   add("--first", type=number(int, 0), default=0, help="the number of the first image (0)")
@@ -190,7 +190,8 @@ def main(argv:list[str]|None=None):
   options = {} if a.eta is None else {"eta": a.eta}
   sampler = functools.partial(SAMPLERS[a.sampler], ddpm, seed=a.seed, jits={}, **options,
                               clip=meta.get("clip", True) and not a.no_clip)
-  labelled = labelling(net, 1 if a.guidance is None else a.guidance, meta.get("null_class", True))
+  guidance = 1 if a.guidance is None else a.guidance
+  labelled = labelling(net, guidance, meta.get("null_class", True))
   if editing.edit(a, ddpm, sampler, labelled, image_shape(net), meta, labels, times): return
   draw = drawing(sampler, labelled, a.batch)
   print(f"{path}: {a.sampler}, {len(times) - 1} steps", file=sys.stderr)

@@ -116,6 +116,7 @@ def test_eq4_every_t_in_one_batch():
   close(got, np.sqrt(a) * x0 + np.sqrt(1 - a) * eps, atol=2e-6)
   back = d.predict_eps(f32(got), at_times(*range(1, 1001)), f32(x0)).numpy()
   close(back, eps, atol=2e-4)                                 # float32 x_t over √(1−ᾱ₁) = 0.01
+  close(vec(d.at(np.arange(1001.0), at_times(7, 1000), f32(x0[:2]))), [7, 1000])  # also of one's own table
 
 # *** its posterior ***
 

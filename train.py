@@ -25,7 +25,7 @@ def flag(default:Any, about:str, low:float=0, high:float=1e9, choices:tuple|None
   metadata = dict(help=about, low=low, high=high, choices=choices)
   return dataclasses.field(default=default, metadata=metadata)
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Config:
   """Everything that can be set; each field is a flag. What the paper sets is set as for CIFAR-10,
   but for flip: see PRESETS."""
@@ -48,7 +48,7 @@ class Config:
   # the paper: Sections 2 to 4 and Appendix B
   T:int = flag(1000, "steps of the diffusion", 1, 100_000)
   schedule:str|tuple = flag("linear", "of betas; linear: the paper's", choices=CHOICES["schedule"])
-  beta_1:float = flag(1e-4, "the first beta (not for cosine)", 1e-12, 1)
+  beta_1:float = flag(1e-4, "the first beta (not for cosine, const)", 1e-12, 1)
   beta_T:float = flag(0.02, "the last beta (not for cosine; geometric: 1 − SNR_t/SNR_{t-1})", 0, 1)
   sigma:str = flag("beta", "variance of p, Section 3.2, Table 2", choices=CHOICES["sigma"])
   predict:str = flag("eps", "what the network predicts, Section 3.2", choices=CHOICES["predict"])
@@ -70,7 +70,7 @@ class Config:
   dtype:str = flag("float32", "of activations and products", choices=tuple(DTYPES))
   tf32:bool = flag(False, "NVIDIA: products of float32 in TF32, on tensor cores")
   anneal:int = flag(0, "steps over which the learning rate falls to 0 in a line; 0: it does not")
-  times:str = flag("uniform", "how t is drawn; weighted: as L_vlb", choices=("uniform", "weighted"))
+  times:str = flag("uniform", "weighted: t counts as in L_vlb", choices=("uniform", "weighted"))
   min_snr:float = flag(0.0, "weight the error by min(SNR, GAMMA)/SNR; 0: no", 0, 1e30)
   clip_x0:bool = flag(False, "no error where the clipped x̂_0 is exactly x_0: for likelihood")
   class_conditional:bool = flag(False, "train with labels")
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
 def draw(c:Config, images:np.ndarray, labels:np.ndarray, null:int, n:int,
          chances:np.ndarray|None=None) -> Batch:
   """Algorithm 1, lines 2-4, for step n (from 1): it depends on (seed, n) alone. Not in the paper:
-  chances, how often each t is drawn; and labels, some of which are dropped for guidance."""
+  chances, how often each t is drawn; null, "no class", put on some images for guidance."""
   x, y = data.batch_at(images, labels, n-1, c.batch, c.seed, c.flip)  # x₀ ~ q(x₀)
   rng = stream(c.seed, "training step", n)
   t = rng.integers(1, c.T+1, c.batch, np.int32)                       # t ~ Uniform({1, …, T})
@@ -149,15 +149,15 @@ def make_update(state:State, c:Config) -> Callable[[Tensor], Tensor]:
   return captured(update)
 
 # *** a run ***
-def fit(c:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Path:
+def fit(config:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) -> Path:
   """Algorithm 1: trains a network on images and returns the run's folder. Called again, it resumes.
   On Ctrl-C or SIGTERM it ends the step, saves, and raises KeyboardInterrupt or SystemExit.
 
   images: what `data.read` takes: a name, a path, or an array (N, C, H, W) with its labels (N,).
   model: any object with tensors as attributes, called as model(x_t, t), or as model(x_t, t, y) with
-  class_conditional. Without one it is the U-Net that c describes."""
+  class_conditional. Without one it is the U-Net that config describes."""
   name = str(images) if isinstance(images, str | os.PathLike) else None
-  c = dataclasses.replace(c, dataset=name, out=folder.place(c.out, name))
+  c = dataclasses.replace(config, dataset=name, out=folder.place(config.out, name))
   objectives.check(c)
   hosts.take_device(open_device(c.tf32))
   hosts.share(c.batch, c.accum)
@@ -235,7 +235,7 @@ def arguments(argv:list[str]|None=None) -> Config:
   preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
   if given.get("init"): preset |= of_checkpoint(preset | given, given)
   of_eps = preset.get("predict", "eps") == "eps" and preset.get("sigma") != "learned"
-  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0
+  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0  # see check
   c = Config(**preset | given)
   if c.anneal and "anneal" not in given:
     c = dataclasses.replace(c, anneal=folder.annealed(Path(c.out), c.steps, c.anneal, c.restart))

@@ -1,8 +1,8 @@
 """The network of DDPM, Appendix B: a U-Net that sees the noisy image x_t and the time t.
 
 Inside, images are channels last, x (B,H,W,C), and a k x k convolution has weights (k,k,C,O). All is
-plain tinygrad, to be checked against the paper. In captured steps, fast/ runs each operation marked
-`@quick` in a quicker way with the same numbers, unless PLAIN=1."""
+plain tinygrad, to be checked against the paper. In captured (JIT-compiled) steps fast/ replaces
+what is marked `@quick` by something quicker, equal up to rounding, unless PLAIN=1."""
 import functools, math
 import numpy as np
 from tinygrad import Context, Tensor, dtypes, nn
@@ -15,7 +15,7 @@ class UNet:
 
   channels, channel_mult: level i has channels · channel_mult[i] channels, at 1/2^i of the size
   num_res_blocks: per level on the way down; one more on the way up. norm_groups: of GroupNorm
-  attn_resolutions: levels whose larger side is one of these have self-attention after each ResBlock
+  attn_resolutions: levels whose larger side is one of these have self-attention (the middle always)
   dropout: a probability. image_size: one int, or (height, width). seed: of the initial weights
   num_classes (not in the paper): labels y (B,) are 0..num_classes, the last is "no class"; 0: none
   out_channels (not in the paper): of the output, if not in_channels, as for a learned variance
@@ -69,15 +69,16 @@ class UNet:
       emb = emb + y.one_hot(null+1).float() @ self.label.float()
     return emb.silu().contiguous()
 
-  def __call__(self, x:Tensor, t:Tensor, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
-    """Dropout is on if seeds are given, uint32 (B,): an image's seed alone decides what it drops.
-    Activations and factors of products are in self.dtype; sums, softmax, GroupNorm in float32."""
+  def __call__(self, x:Tensor, t:Tensor|int, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
+    """Dropout is on if `seed` is given, uint32 (B,): what an image drops depends on its seed alone.
+    Activations and operands of products are in self.dtype; sums, softmax, GroupNorm in float32."""
+    if isinstance(t, int): t = x[:, 0, 0, 0].full_like(t, dtype=dtypes.int32)
     emb = self.embed(t, y).cast(self.dtype)
     def through(layers:list, h:Tensor) -> Tensor:
       nonlocal seed
       for layer in layers:
         h = layer(h, emb, seed)
-        if seed is not None: seed = (seed + 1).contiguous()  # or each layer has a kernel of its own
+        if seed is not None: seed = (seed + 1).contiguous()  # so that all layers share one kernel
       return h
     skips = [self.conv_in(x.permute(0, 2, 3, 1).cast(self.dtype))]
     for layers in self.down: skips.append(through(layers, skips[-1]))
@@ -110,8 +111,9 @@ class ResBlock:
     return self.conv2(h, add=skip)
 
 class Attention:
-  """Self-attention over the H·W positions: x + out(softmax(q kᵀ / √C) v)."""
+  """x + out(softmax(q kᵀ/√C) v) over the H·W positions; q, k, v of GroupNorm(x), C of each head."""
   def __init__(self, rng:Rng, c:int, norm:functools.partial, head_channels:int=0):
+    if c % (head_channels or c): raise ValueError(f"{c} channels do not divide by head_channels")
     self.norm, self.heads = norm(c), c // (head_channels or c)
     self.q, self.k, self.v = Conv(rng, c, c, k=1), Conv(rng, c, c, k=1), Conv(rng, c, c, k=1)
     self.out = Conv(rng, c, c, k=1, scale=1e-10)
@@ -162,10 +164,10 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
   return (x @ w.cast(x.dtype) + b).cast(x.dtype)
 @quick
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
-  """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds: x (B,H,W,C), w (k,k,C,O).
-  Zeros around x: on all sides at stride 1; at stride 2 right and bottom or, pad=1, left and top."""
+  """y[b,h,v,o] = Σ_ijc x[b, s·h+i, s·v+j, c] w[i,j,c,o] + Σ adds, x padded: (B,H,W,C), w (k,k,C,O).
+  The zeros: on all sides at stride 1; at stride 2 right and bottom or, pad=1, left and top."""
   lo, hi = (w.shape[0]//2, w.shape[0]//2) if stride == 1 else (pad, 1-pad)
-  x = x.pad((None, (lo, hi), (lo, hi), None)).contiguous()  # or each of the k² taps computes x anew
+  x = x.pad((None, (lo, hi), (lo, hi), None)).contiguous()  # made once, not for each of k² taps
   y = x.permute(0, 3, 1, 2).conv2d(w.cast(x.dtype).permute(3, 2, 0, 1), stride=stride)
   return sum(adds, start=y.permute(0, 2, 3, 1)).cast(x.dtype)
 @quick
@@ -202,7 +204,7 @@ def check(c:dict):
     raise ValueError("every size of the network must be a whole number, 1 or more")
   if H % part or W % part:
     raise ValueError(f"images of {H}x{W} do not divide by {part}: crop, pad or take fewer levels")
-  if channels % 2 or channels < 4 or channels % groups or head and channels*mult[-1] % head:
-    raise ValueError("channels must be even, 4 or more, and divide into norm_groups, head_channels")
+  if channels % 2 or channels < 4 or channels % groups:
+    raise ValueError("channels must be even, 4 or more, and divide into norm_groups")
   if not 0 <= c["dropout"] < 1 or c["norm_eps"] <= 0 or c["down_pad"] not in (0, 1):
     raise ValueError("dropout must be from 0 up to below 1, norm_eps above 0, and down_pad 0 or 1")

@@ -204,7 +204,8 @@ def entry(step:int, t:np.ndarray, T:int, each:np.ndarray, norm:float, smooth:flo
 
 def introduce(c, state:State, found:Any, begun:int, left:float):
   """A run's first lines. left: ᾱ_T, what is left of the image's variance at the end of the forward process."""
-  print(f"{c.dataset or 'an array'}: {found.about}; flips {'on' if c.flip else 'off'}; {state.size:,} parameters; "
+  about = found.about + "; the classes are not used" * (len(found.classes) > 1 and not c.class_conditional)
+  print(f"{c.dataset or 'an array'}: {about}; flips {'on' if c.flip else 'off'}; {state.size:,} parameters; "
         f"batch {c.batch}; to {c.out}" + f", from step {begun} on" * bool(begun), file=sys.stderr)
   if left > 1e-2:
     print(f"train.py: warning: with T = {c.T} the last x_T still holds {left**.5:.0%} of the image, but sampling "

@@ -88,19 +88,24 @@ def frechet(a:np.ndarray, b:np.ndarray) -> float:
   cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
   return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * cross)
 
-def report_lenet(samples:np.ndarray, real:np.ndarray|None, images:np.ndarray, known:data.Dataset, split:str) -> dict:
-  """--lenet at the terminal, by three LeNets: the distance of samples, and of training images `real`, if given, from
-  `images`; and of how many samples and `images` a LeNet is sure. All uint8 (n, C, H, W). Returns them by name."""
-  about = {"Fréchet_LeNet_distance": f"{len(samples)} samples to {len(images)} {split} images"}
+def report_lenet(samples:np.ndarray, real:np.ndarray|None, found:data.Dataset, known:data.Dataset, split:str) -> dict:
+  """--lenet at the terminal, by LeNets trained on `known`: the distance of samples, and of training images `real`, if
+  given, from the images `found`; of how many a LeNet is sure, and how often it is right. All uint8 (n, C, H, W).
+  Returns them by name."""
+  about = {"Fréchet_LeNet_distance": f"{len(samples)} samples to {len(found.images)} {split} images; LeNets of others "
+                                     "say otherwise"}
   if real is not None: about["of_training_images"] = f"the distance of {len(real)} training images"
   about |= {"sure": f"% of samples of which a LeNet is sure (probability > {SURE})",
             f"sure_of_{split}_images": f"% of {split} images"}
+  same_classes = found.classes == known.classes
+  if same_classes: about[f"right_of_{split}_images"] = f"% of {split} images whose class a LeNet knows"
   rows = []
   for seed in range(SEEDS):
     net = trained(known, seed)
-    (a, p), (b, q) = answers(net, samples), answers(net, images)
+    (a, p), (b, q) = answers(net, samples), answers(net, found.images)
     distances = [frechet(x, b) for x in ([a] if real is None else [a, answers(net, real)[0]])]
-    rows.append(distances + [100 * (v.max(1) > SURE).mean() for v in (p, q)])
+    shares = [(v.max(1) > SURE).mean() for v in (p, q)] + [(q.argmax(1) == found.labels).mean()] * same_classes
+    rows.append(distances + [100 * share for share in shares])
   names, mean, spread = [*about], np.mean(rows, 0), np.std(rows, 0, ddof=1)
   table(**{name: (m, f"± {s:.3f} over {SEEDS} LeNets: {about[name]}") for name, m, s in zip(names, mean, spread)})
   return {name: {"mean": m, "each": [row[i] for row in rows]} for i, (name, m) in enumerate(zip(names, mean))}
@@ -127,7 +132,7 @@ def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray|None
   index, distance = nearest(samples, known.images)
   closest = distance.argsort(kind="stable")[:k]
   rows, names = [samples[closest], known.images[index[closest]]], ["sample", "pixels"]
-  if len(known.classes) > 1:
+  if len(known.classes) > 1 and min(samples.shape[2:]) >= 16:
     net = trained(known, 0)
     names.append("LeNet")
     rows.append(known.images[nearest(answers(net, samples[closest])[0], answers(net, known.images)[0])[0]])

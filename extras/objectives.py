@@ -80,9 +80,11 @@ def check(c):
   for f in dataclasses.fields(c):
     v, (low, high, choices) = getattr(c, f.name), (f.metadata.get(k) for k in ("low", "high", "choices"))
     if f.name == "schedule" and isinstance(v, list | tuple): continue  # one's own, which ddpm.py checks
-    if choices: known, what = v in choices or v == f.default, f"one of {', '.join(choices)}"
-    else: known, what = not isinstance(v, int | float) or low <= v <= high, f"from {low} to {high}"
-    if not known: raise ValueError(f"--{f.name.replace('_', '-')} must be {what}, not {v!r}")
+    fits = isinstance(v, int) or isinstance(f.default, float)
+    if choices: known, what = str(v) in choices or v is f.default, f"one of {', '.join(choices)}"
+    else: known, what = not isinstance(v, int | float) or fits and low <= v <= high, f"from {low:g} to {high:g}"
+    if not fits: what = f"whole, {what}"
+    if not known: raise ValueError(f"--{f.name.replace('_', '-')} must be {what}, not {repr(v)[:60]}")
   begun, photos = Path(c.out, "last.safetensors").exists(), Path(c.dataset or "").expanduser()
   if c.dataset in data.DATASETS:
     if c.fit != "crop" and not begun:
@@ -107,6 +109,9 @@ def check_data(c, net:Any, found:data.Dataset):
   own = net.config["in_channels"], *np.broadcast_to(net.config["image_size"], 2).tolist()
   if own != (shape := found.images.shape[1:]):
     raise ValueError(f"the network is for images of {own}, these are {shape}: channels, height, width")
+  classes = len(found.classes) * c.class_conditional
+  if net.config["num_classes"] != classes:
+    raise ValueError(f"the network is for {net.config['num_classes']} classes, this training for {classes}")
   levels = [max(own[1:]) >> i for i in range(len(net.config["channel_mult"]))]
   if nowhere := sorted(set(net.config["attn_resolutions"]) - set(levels)):
     print(f"no self-attention at {', '.join(map(str, nowhere))} (--attn): the network's levels are "

@@ -90,7 +90,7 @@ def compare_samples(a:argparse.Namespace):
   if apart:
     result["sliced_wasserstein_of_training_images"] = sliced_wasserstein(real, images, seed=a.seed)
     table(of_training_images=(result["sliced_wasserstein_of_training_images"], f"{len(real)} of them"))
-  if a.lenet: result["lenet"] = lenet.report_lenet(samples, real if apart else None, images, known, a.split)
+  if a.lenet: result["lenet"] = lenet.report_lenet(samples, real if apart else None, found, known, a.split)
   if a.nearest:
     tests = images[choose(len(images), len(samples), a.seed, "evaluated images")] if apart else None
     result["nearest"] = lenet.report_nearest(samples, known, tests, a.nearest, beside(a.samples))

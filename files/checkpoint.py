@@ -21,11 +21,12 @@ def save(path:str|os.PathLike, model:Any, meta:dict|None=None, dtype:type=np.flo
   write_tensors(path, tensors, meta)
 
 def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
-  """(model, meta) from a file of `save` or of train.py (its averaged weights, or with `raw` those being trained), from
-  a folder in diffusers' layout, or from the name of such a model on the hub: google/ddpm-cifar10-32, or name@revision.
+  """(model, meta) from a file of `save`; a file or the folder of a run of train.py (its averaged weights, or with `raw`
+  those being trained); a folder in diffusers' layout; or such a model's name on the hub: google/ddpm-cifar10-32, or
+  name@revision.
 
   OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this program."""
-  path = str(path)
+  path = find(str(path) or ".", raw)
   if os.path.isdir(path): return hub.load(path, raw)
   if path.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")): refuse_pickle(path)
   if not os.path.exists(path) and not path.endswith(".safetensors") and download.is_name(path):

@@ -552,6 +552,7 @@ def test_lenet_and_nearest_at_the_terminal(compared, tmp_path, monkeypatch):
   first = json.loads((tmp_path / "r.json").read_text())
   close([v.b1_t.item() for v in made], 0.9 ** (10 * 96 // 32), rtol=1e-4)  # each step has moved Adam's own state
   assert "10 samples to 96 test images" in out and "over 2 LeNets" in out and "of which a LeNet is sure" in out
+  assert first["lenet"]["right_of_test_images"]["each"] == [100, 100]
   assert [*first["nearest"]] == ["samples"]  # the set is not split: no image is apart from those of training
   assert first["nearest"]["samples"] == [0.0] * 10 and len(first["lenet"]["Fréchet_LeNet_distance"]["each"]) == 2
   assert Image.open(tmp_path / "made.nearest.png").size[0] >= 720

@@ -68,6 +68,7 @@ def test_figure_8(command):
   glyphs = {v.tobytes() for v in data.load("glyphs", "test")[0]}
   assert [v.tobytes() in glyphs for v in images] == ([True] + [False] * 11 + [True]) * 2
   refused(lambda: command("--at 13", ["8"]), "--at 13", "T = 12")
+  command("--n 1", ["8"])                                    # by default at T/2
   refused(lambda: command("--at 3 --dataset nothing", ["8"]), "nothing")
 
 def test_figure_8_mixes_latents_of_one_noise(command, monkeypatch):

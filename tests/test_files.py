@@ -163,6 +163,9 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
   assert meta["ddpm"] == {"T": 7} and tuple(again.config["channel_mult"]) == (1, 2)
   for v, w in zip(nn.state.get_parameters(model), nn.state.get_parameters(again)):
     assert np.array_equal(v.numpy(), w.numpy())
+  checkpoint.save(tmp_path/"ema.safetensors", model)
+  assert checkpoint.load(tmp_path)[0].config == model.config  # a run's folder
+  (tmp_path/"ema.safetensors").unlink()
   tensors, _ = read_tensors(tmp_path/"a.safetensors")
   with pytest.raises(OSError): checkpoint.load(tmp_path/"missing.safetensors")
   (tmp_path/"p.bin").write_bytes(b"\x80\x04")

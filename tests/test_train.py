@@ -339,7 +339,8 @@ def test_flags_out_of_range(flags, match):
   ({"sigma": "learned"}, "--sigma --loss"), ({"schedule": "cosine", "beta_1": 0.5}, "cosine --beta-1"),
   ({"loss": "mse"}, "--loss simple, mse"), ({"times": "even"}, "--times weighted"), ({"dtype": "float8"}, "--dtype"),
   ({"save_every": 0}, "--save-every"), ({"lr": -1.0}, "--lr"), ({"ema": 2.0}, "--ema"), ({"batch": 0}, "--batch"),
-  ({"lr": math.nan}, "--lr"), ({"keep_every": -1}, "--keep-every"), ({"seed": -1}, "seed")])
+  ({"lr": math.nan}, "--lr"), ({"keep_every": -1}, "--keep-every"), ({"seed": -1}, "seed"),
+  ({"steps": 1.5}, "--steps whole, from 1"), ({"schedule": np.full(50, 0.1)}, "--schedule")])
 def test_settings_that_do_not_go(tmp_path, changes, words):
   refused(lambda: fit(tmp_path/"run", **dict(beta_T=0.02) | changes), *words.split())
   assert not (tmp_path/"run").exists()
@@ -832,6 +833,12 @@ def test_one_class_alone_is_refused(tmp_path):
           "one class", "sub-folders", "dataset.json", "labels of an array")
   refused(lambda: fit(tmp_path/"run", labels=None, class_conditional=True), "one class")
   assert not (tmp_path/"run").exists()
+
+@pytest.mark.parametrize("classes,told", [(0, True), (2, True), (3, False)])
+def test_a_u_net_for_other_classes_is_refused(classes, told, tmp_path):
+  net = UNet(1, 4, (1,), 1, (), 0.0, 8, 2, classes)
+  refused(lambda: train.fit(config=config(tmp_path/"run", class_conditional=told), images=IMAGES, labels=LABELS,
+                            model=net), f"for {classes} classes", f"for {3 * told}")
 
 def test_attention_at_a_size_that_no_level_has_is_said(tmp_path, capsys):
   word = "no self-attention at 16 (--attn): the network's levels are 8, 4 pixels wide\n"

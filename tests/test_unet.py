@@ -294,6 +294,14 @@ def test_the_arguments_and_the_names_of_the_weights():
   new = dict(out_channels=None, head_channels=0, norm_eps=1e-6, down_pad=0, freq_shift=1)
   assert json.loads(json.dumps(model.config)) == new | sizes
 
+def test_a_time_may_be_one_int():
+  model, x = random_model(), Tensor(arr(2, 1, 8, 8))
+  close(model(x, 7).numpy(), model(x, Tensor(np.array([7, 7], np.int32))).numpy(), atol=1e-6)
+
+def test_head_channels_divide_every_level_that_has_attention():
+  with pytest.raises(ValueError, match="16 channels do not divide by head_channels"):
+    unet.UNet(**TINY | dict(channels=16, channel_mult=(1, 2), attn_resolutions=(8,), head_channels=32))
+
 @pytest.mark.parametrize("size,attn,where", [((8, 16), (8,), 1), ((16, 8), (8,), 1), (8, (8,), 0), ((4, 8), (4,), 1)])
 def test_where_attention_is(size, attn, where):
   """At the level at which the longer side has this length; a model takes images of other sides than its own."""
