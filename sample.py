@@ -78,7 +78,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
       for move in made:
         z = normals(rngs, x_t.shape[1:]) if noisy else x0_hat  # 3: z ~ N(0, I), unused at t = 1
         x_t, x0_hat = step[move](x_t, t, z)        # 4: xₜ₋₁ = 1/√αₜ (xₜ − βₜ/√(1−ᾱₜ) ε_θ) + σₜ z
-      if t == 1: x_t = x0_hat                      # x_0 = μ_θ(x_1, 1) for all of them: Section 3.3
+      if t == 1: x_t = x0_hat                      # every sampler: x_0 = μ_θ(x_1, 1), Section 3.3
       yield int(chain.times[t - 1]), x_t, x0_hat   # 5: end for
   return loop(start)                               # 6: return x_0
 

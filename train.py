@@ -80,11 +80,11 @@ class Config:
 # the network is told labels, min-SNR gives small t less weight, and the learning rate falls to 0.
 PRESETS:dict[str, dict] = {"cifar10": dict(flip=True)}
 PRESETS["mnist"] = dict(
-  steps=6000, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
-  attn=(7,), dropout=0.0, norm_groups=8, warmup=200, save_every=500, sample_every=1000, anneal=6000,
-  min_snr=5.0, class_conditional=True)
+  steps=7500, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
+  attn=(7,), dropout=0.0, norm_groups=8, warmup=200, save_every=500, sample_every=1500, anneal=7500,
+  min_snr=1.0, class_conditional=True)
 PRESETS["glyphs"] = PRESETS["mnist"] | dict(
-  steps=2500, channel_mult=(1, 4), attn=(8,), anneal=2500, sample_every=500)
+  steps=2500, channel_mult=(1, 4), attn=(8,), anneal=2500, sample_every=500, min_snr=5.0)
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
 OTHERS = dict(steps=100_000, batch=32, channels=64, warmup=1000)
 
@@ -235,11 +235,9 @@ def arguments(argv:list[str]|None=None) -> Config:
   preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
   if given.get("init"): preset |= of_checkpoint(preset | given, given)
   of_eps = preset.get("predict", "eps") == "eps" and preset.get("sigma") != "learned"
-  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0  # see check
+  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0  # it weights ε
   c = Config(**preset | given)
-  if c.anneal and "anneal" not in given:
-    c = dataclasses.replace(c, anneal=folder.annealed(Path(c.out), c.steps, c.anneal, c.restart))
-  return c
+  return dataclasses.replace(c, **folder.own(c, given))
 
 def of_checkpoint(c:dict, given:dict) -> dict:
   """The network and the diffusion of --init's checkpoint. Says where the flags `given` differ."""

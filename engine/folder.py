@@ -146,17 +146,24 @@ def origin(out:str|os.PathLike, init:str, restart:bool) -> str:
   last = Path(out, "last.safetensors")
   return str(last) if last.exists() and not restart else checkpoint.find(init)
 
-def annealed(out:Path, steps:int, preset:int, restart:bool) -> int:
-  """The step at which the learning rate reaches 0, where nobody said: the run's own end, else the last of the steps.
+def own(c, given:dict) -> dict:
+  """What a run has of its own where the flags `given` do not say it and train.py's preset has something, which may be
+  another one since: min_snr, and anneal, the step at which the learning rate reaches 0, with the steps up to there. Of
+  a new run anneal is the last of the steps.
 
   ValueError if steps beyond that end are asked of a run: they would change nothing."""
-  if restart or not (last := out/"last.safetensors").exists(): return max(preset, steps)
-  end = int(describe(last)["train"].get("anneal", 0))
-  if steps > end > 0:
-    raise ValueError(f"{out} was begun with a learning rate that is 0 from step {end + 1} on, so more steps would "
-                     f"change nothing: use --change --anneal {steps} to let it rise again, or begin a longer run with "
-                     f"another --out, --init {out}, or with --restart")
-  return end
+  last, found = Path(c.out, "last.safetensors"), dict[str, Any]()
+  was = None if c.restart or not last.exists() else describe(last)["train"]
+  if was and c.min_snr and "min_snr" not in given: found["min_snr"] = float(was.get("min_snr", 0))
+  if not c.anneal or "anneal" in given: return found
+  if not was: return found | {"anneal": max(c.anneal, c.steps)}
+  end = int(was.get("anneal", 0))
+  if end and "steps" not in given: return found | {"anneal": end, "steps": min(end, c.steps)}
+  if c.steps > end > 0:
+    raise ValueError(f"{c.out} was begun with a learning rate that is 0 from step {end + 1} on, so more steps would "
+                     f"change nothing: use --change --anneal {c.steps} to let it rise again, or begin a longer run "
+                     f"with another --out, --init {c.out}, or with --restart")
+  return found | {"anneal": end}
 
 CHANGEABLE = ("lr", "batch", "ema", "anneal", "min_snr")  # by --change
 

@@ -312,7 +312,8 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
     assert rate(steps//2 + 1, *short) == rate(steps + 1, *long) == pytest.approx(lr/2) and rate(steps + 1, *short) == 0
     assert rate(steps + 1, *short, "--anneal", "0") == lr
     # the preset's weights are for L_simple of ε with t drawn evenly, and for nothing else
-    for flags, gamma in (([], 5), (["--loss", "vlb"], 0), (["--predict", "x0"], 0), (["--times", "weighted"], 0)):
+    own = train.PRESETS[dataset]["min_snr"]
+    for flags, gamma in (([], own), (["--loss", "vlb"], 0), (["--predict", "x0"], 0), (["--times", "weighted"], 0)):
       assert train.arguments(["--dataset", dataset, *flags]).min_snr == gamma
   assert rate(10**6, "--dataset", "cifar10") == 2e-4
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
@@ -321,6 +322,10 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
   assert again("--steps", "9") == 9 and again("--steps", "10", "--anneal", "50") == 50
   assert again("--steps", "3000", "--restart") == 3000
   with pytest.raises(ValueError, match="0 from step 10 on.*--change --anneal 10.*--init"): again("--steps", "10")
+  fit(tmp_path/"old", anneal=9, min_snr=5.0)  # nor does another preset since then change it
+  c = train.arguments(["--out", str(tmp_path/"old"), "--dataset", "mnist"])
+  assert (c.steps, c.anneal, c.min_snr) == (9, 9, 5.0)
+  assert train.arguments(["--out", str(tmp_path/"old"), "--min-snr", "2"]).min_snr == 2.0
 
 @pytest.mark.parametrize("flags,match", [
   (["--batch", "0"], "--batch.*'0'"), (["--steps", "-5"], "--steps.*'-5'"), (["--lr", "nan"], "--lr.*'nan'"),
