@@ -51,7 +51,7 @@ def figure_5(a:argparse.Namespace):
   steps, head = m.ddpm.T - t, "reverse_steps,rate_bits_per_dim,distortion_rmse"
   with atomic(Path(a.out).with_suffix(".csv")) as f:
     np.savetxt(f, np.stack([steps, rate, distortion], 1), "%.8g", ",", header=head, comments="")
-  s, r, d = "reverse process steps (T−t)", "rate (bits/dim)", "RMSE (of 255)"
+  s, r, d = "reverse process steps (T-t)", "rate (bits/dim)", "RMSE (of 255)"
   curves = (steps, distortion, s, d), (steps, rate, s, r), (rate, distortion, r, d)
   plots = [pictures.plot({y_name: (x, y)}, "", x_name, y_name) for x, y, x_name, y_name in curves]
   pictures.save_png(a.out, pictures.joined(plots))

@@ -6,6 +6,7 @@ from common import close, refused
 import data, evaluate
 from ddpm import DDPM
 from engine.streams import stream
+from PIL import ImageFont
 from test_sample import in_the_box
 
 figures = pytest.importorskip("figures", reason="figures.py")
@@ -30,6 +31,17 @@ def test_figure_5_counts_what_is_spent_beyond_each_time():
   L, zero = np.array([[3., 2, 1]] * 2), np.zeros((2, 3))
   b = evaluate.Bound(np.full(2, 6.5), np.full(2, 0.5), np.array([[1, 2, 3]] * 2), np.ones(3), L, zero, zero + 0.04)
   assert figures.rate_distortion(3, b) == pytest.approx(np.array([[3, 0.5, 25.5], [2, 1.5, 25.5], [1, 3.5, 25.5]]))
+
+def test_figure_5_is_a_picture_whose_font_has_every_letter_and_a_table(command, monkeypatch):
+  said, plot = [], figures.pictures.plot
+  monkeypatch.setattr(figures.pictures, "plot", lambda curves, *texts: said.extend(texts) or plot(curves, *texts))
+  command("--n 4", ["5"])
+  font = ImageFont.load_default(size=20)
+  unknown = bytes(font.getmask("\uffff"))
+  assert "reverse process steps (T-t)" in said
+  assert not [c for c in set("".join(said)) if bytes(font.getmask(c)) == unknown]
+  table = np.genfromtxt("figure.csv", delimiter=",", names=True)
+  assert (np.diff(table["reverse_steps"]) > 0).all() and (np.diff(table["rate_bits_per_dim"]) >= 0).all()
 
 def test_figure_6(unlabelled):
   unlabelled("--n 2", ["6"])
