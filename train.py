@@ -235,7 +235,7 @@ def arguments(argv:list[str]|None=None) -> Config:
   preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
   if given.get("init"): preset |= of_checkpoint(preset | given, given)
   of_eps = preset.get("predict", "eps") == "eps" and preset.get("sigma") != "learned"
-  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0  # it weights ε
+  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0
   c = Config(**preset | given)
   return dataclasses.replace(c, **folder.own(c, given))
 

@@ -684,8 +684,8 @@ def test_first_lines_and_progress(tmp_path, capsys):
   fit(tmp_path, steps=2, T=20)
   says = capsys.readouterr()
   first, warning, *_ = says.err.splitlines()[1:]
-  assert first == ("an array: 64 images of 1 x 8 x 8 in 3 classes; read as N, C, H, W; flips off; 65 parameters; "
-                   f"batch 8; to {tmp_path}")
+  assert first == ("an array: 64 images of 1 x 8 x 8 in 3 classes; read as N, C, H, W; the classes are not used; "
+                   f"flips off; 65 parameters; batch 8; to {tmp_path}")
   assert "warning" in warning and "T = 20" in warning and not says.out  # √ᾱ_T is 34%
   line = says.err.splitlines()[-1]
   assert re.fullmatch(r"step +2/2  loss \d\.\d{4}  grad +\d+\.\d{3}  +\d+\.\d images/s  0:00:00 left", line), line
