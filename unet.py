@@ -72,7 +72,7 @@ class UNet:
   def __call__(self, x:Tensor, t:Tensor|int, y:Tensor|None=None, seed:Tensor|None=None) -> Tensor:
     """Dropout is on if `seed` is given, uint32 (B,): what an image drops depends on its seed alone.
     Activations and operands of products are in self.dtype; sums, softmax, GroupNorm in float32."""
-    if isinstance(t, int): t = x[:, 0, 0, 0].full_like(t, dtype=dtypes.int32)
+    if not isinstance(t, Tensor): t = x[:, 0, 0, 0].full_like(int(t), dtype=dtypes.int32)
     emb = self.embed(t, y).cast(self.dtype)
     def through(layers:list, h:Tensor) -> Tensor:
       nonlocal seed

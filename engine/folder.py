@@ -147,11 +147,11 @@ def origin(out:str|os.PathLike, init:str, restart:bool) -> str:
   return str(last) if last.exists() and not restart else checkpoint.find(init)
 
 def own(c, given:dict) -> dict:
-  """What a run has of its own where the flags `given` do not say it and train.py's preset has something, which may be
-  another one since: min_snr, and anneal, the step at which the learning rate reaches 0, with the steps up to there. Of
-  a new run anneal is the last of the steps.
+  """The settings that come before the preset's where no flag (`given`) says them. A new run: anneal, the step at which
+  the learning rate reaches 0, is its last. A run that resumes, perhaps begun with an older preset: its own min_snr,
+  anneal, and no steps beyond that.
 
-  ValueError if steps beyond that end are asked of a run: they would change nothing."""
+  ValueError for a flag that asks for such steps: they would change nothing."""
   last, found = Path(c.out, "last.safetensors"), dict[str, Any]()
   was = None if c.restart or not last.exists() else describe(last)["train"]
   if was and c.min_snr and "min_snr" not in given: found["min_snr"] = float(was.get("min_snr", 0))

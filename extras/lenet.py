@@ -92,8 +92,8 @@ def report_lenet(samples:np.ndarray, real:np.ndarray|None, found:data.Dataset, k
   """--lenet at the terminal, by LeNets trained on `known`: the distance of samples, and of training images `real`, if
   given, from the images `found`; of how many a LeNet is sure, and how often it is right. All uint8 (n, C, H, W).
   Returns them by name."""
-  about = {"Fréchet_LeNet_distance": f"{len(samples)} samples to {len(found.images)} {split} images; LeNets of others "
-                                     "say otherwise"}
+  about = {"Fréchet_LeNet_distance": f"{len(samples)} samples to {len(found.images)} {split} images; by another "
+                                     "LeNet it is another"}
   if real is not None: about["of_training_images"] = f"the distance of {len(real)} training images"
   about |= {"sure": f"% of samples of which a LeNet is sure (probability > {SURE})",
             f"sure_of_{split}_images": f"% of {split} images"}
