@@ -2,6 +2,7 @@
 from __future__ import annotations
 import contextlib, math
 from collections.abc import Callable, Hashable
+from typing import cast
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.device import Allocator, Buffer
@@ -48,16 +49,15 @@ def copied(v:Tensor, device:str) -> Tensor:
   if len(getattr(Device[device], "pending_copyin", ())) > 16: Device[device].synchronize()
   return Tensor(UOp.from_buffer(made, device)).reshape(v.shape)
 
-def inside(flat:Tensor, device:str, start:int, shape:tuple[int, ...]) -> Tensor:
-  """The part of a flat tensor that begins at `start` on this device, as a buffer of its own within flat's buffer.
+def inside(flat:Tensor, start:int, shape:tuple[int, ...]) -> Tensor:
+  """The part of a flat tensor that begins at `start`, as a buffer of its own within flat's buffer.
 
   The place of a slice would be written into each kernel that touches it, and each part would need its own kernels.
   On a device without such buffers (WebGPU) the part is a slice. tinygrad does not know that a part and `flat` share
   memory: realize what writes to one before building what reads from the other."""
-  prepare(device)
-  size, buffer = math.prod(shape), flat.uop.base.buffer
-  if isinstance(buffer, Buffer) and type(Device[device].allocator)._offset is Allocator._offset:
+  size, whole = math.prod(shape), cast(Buffer, flat.uop.base.buffer)
+  prepare(whole.device)
+  if type(Device[whole.device].allocator)._offset is Allocator._offset:
     return flat.reshape(-1)[start:start+size].reshape(shape)
-  whole = buffer if isinstance(buffer, Buffer) else next(b for b in buffer.bufs if b.device == device)
   part = whole.ensure_allocated().view(size, flat.dtype, start*flat.dtype.itemsize)
-  return Tensor(UOp.from_buffer(part, device)).reshape(shape)
+  return Tensor(UOp.from_buffer(part, whole.device)).reshape(shape)

@@ -63,7 +63,7 @@ class State:
 
   def views(self, key:str) -> list[Tensor]:
     """Each parameter's part of a flat buffer."""
-    return [inside(self.flat[key], self.device, i, shape) for i, shape in zip(self.starts, self.shapes.values())]
+    return [inside(self.flat[key], i, shape) for i, shape in zip(self.starts, self.shapes.values())]
 
   def pack(self, arrays:Sequence[np.ndarray]) -> np.ndarray:
     """One flat array of each parameter's; zeros between them and for those that are not given."""

@@ -53,14 +53,15 @@ def scope() -> Iterator[None]:
     finally: entered = False
 
 def quick(plainly:Callable) -> Callable:
-  """Inside of `scope`, runs cpu.py's or gpu.py's operation of this name in the place of unet.py's own."""
+  """Inside of `scope`, runs cpu.py's or gpu.py's operation of this name in the place of unet.py's own; not for tensors
+  that lie on several devices."""
   @functools.wraps(plainly)
   def operation(*args, **options):
-    if plain() or not entered: return plainly(*args, **options)
-    from fast import compiler, cpu, gpu
     x, name = args[0], plainly.__name__
-    if not gpu.first(x).startswith("CPU"): return getattr(gpu, name)(*args, **options)
-    low = x.dtype == dtypes.bfloat16 and name == "convolve" and compiler.pairs_of_bfloat16(gpu.first(x))
+    if plain() or not entered or isinstance(x.device, tuple): return plainly(*args, **options)
+    from fast import compiler, cpu, gpu
+    if not x.device.startswith("CPU"): return getattr(gpu, name)(*args, **options)
+    low = x.dtype == dtypes.bfloat16 and name == "convolve" and compiler.pairs_of_bfloat16(x.device)
     if low or x.dtype == dtypes.float32: return getattr(cpu, name)(*args, **options)
     # a processor has no quicker arithmetic for the others: round to the type, compute in float32
     wide = [a.float() if isinstance(a, Tensor) else a for a in args]

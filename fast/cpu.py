@@ -2,7 +2,7 @@
 and which all cores share. The rest is left to tinygrad, in passes over memory."""
 from __future__ import annotations
 import functools
-from fast.gpu import first, groups_of, launch, phase_taps
+from fast.gpu import groups_of, launch, phase_taps
 from fast.kernels import block_kernel, column_kernel, conv_kernel, product_kernel, silu_slope, weight_kernel
 from fast.schedules import block, divisor
 from tinygrad import Tensor, dtypes, function
@@ -10,16 +10,16 @@ from tinygrad.uop.ops import Ops, UOp
 
 def blocks(x:Tensor, lo:int=0, hi:int=0) -> Tensor:
   """x (B,H,W,C) with a border of zeros, in blocks of channels, (B,C/l,H',W',l): what a core reads lies together."""
-  (B, H, W, C), l = x.shape, block(first(x), x.shape[3])
+  (B, H, W, C), l = x.shape, block(x.device, x.shape[3])
   def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
     inside = Tensor(g).shrink((None, None, (lo, lo+H), (lo, lo+W), None))
     return None, inside.permute(0, 2, 3, 1, 4).reshape(B, H, W, C).uop
-  part = functools.partial(block_kernel, lo=lo, device=first(x))
+  part = functools.partial(block_kernel, lo=lo, device=x.device)
   return launch(part, (B, C//l, H+lo+hi, W+lo+hi, l), x.dtype, x.contiguous(), grad_fxn=grad)
 
 def column_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
   """(A,R,C) each -> (A,C): the sum (or maximum) over r of their product."""
-  return launch(functools.partial(column_kernel, op=op, device=first(xs[0])), (xs[0].shape[0], xs[0].shape[2]),
+  return launch(functools.partial(column_kernel, op=op, device=xs[0].device), (xs[0].shape[0], xs[0].shape[2]),
                 dtypes.float32, *(x.contiguous() for x in xs))
 
 def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
@@ -32,11 +32,11 @@ def row_sum(*xs:Tensor, op:Ops=Ops.ADD) -> Tensor:
 
 def paired(x:Tensor, numbers:int, channels:int) -> bool:
   """Whether sums over so many numbers, for so many channels, are sums over pairs: AVX512-BF16 takes two at once."""
-  return x.dtype == dtypes.bfloat16 and numbers % 2 == 0 and block(first(x), channels) % 16 == 0
+  return x.dtype == dtypes.bfloat16 and numbers % 2 == 0 and block(x.device, channels) % 16 == 0
 
 def laid(w:Tensor, l:int, pairs:bool) -> Tensor:
   """w (k,k,C,O) in the order in which a convolution of blocks of l channels, or of pairs of them, reads it."""
-  (k, _, C, O), m = w.shape, block(first(w), w.shape[3])
+  (k, _, C, O), m = w.shape, block(w.device, w.shape[3])
   if pairs: return w.reshape(k, k, C//l, l//2, 2, O//m, m).permute(5, 2, 0, 1, 3, 6, 4)
   return w.reshape(k, k, C//l, l, O//m, m).permute(4, 2, 0, 1, 3, 5)
 
@@ -49,7 +49,7 @@ def windows(x:Tensor, w:Tensor, shape:tuple[int, ...], *adds:Tensor, stride:int=
   """x, with its border and in blocks, convolved with w, plus each of `adds`, whose axes of size 1 broadcast."""
   if shape[1]*shape[2] > 1:  # of a single pixel each number of w is read once
     w = laid(w.cast(x.dtype) if (pairs := paired(x, x.shape[-1], shape[3])) else w, x.shape[-1], pairs)
-  part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
+  part = functools.partial(conv_kernel, stride=stride, flipped=False, device=x.device)
   return launch(part, shape, x.dtype, x, w.contiguous(), *(a.contiguous() for a in adds), grad_fxn=grad_fxn)
 
 def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tensor:
@@ -69,12 +69,11 @@ def convolve(x:Tensor, w:Tensor, *adds:Tensor, stride:int=1, pad:int=0) -> Tenso
     dx = dx.pad((None, (lo, hi), (lo, hi), None))
     if k > 1: dx = dx.reshape(*dx.shape[:3], *xp.shape[1::3]).permute(0, 3, 1, 2, 4)
     # dw: a sum for each group of images, then over the groups: the sums are short, and a group fits the cache
-    groups = groups_of(g, min(16, -(-B*H*W//2048)))
+    groups = groups_of(B, min(16, -(-B*H*W//2048)))
     xw, gw = (neighbours(xp, stride), neighbours(gp, 1)) if paired(g, *g.shape[2:]) else (xp, gp)
-    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=first(xp)), (groups, *w.shape),
+    dw = launch(functools.partial(weight_kernel, stride=stride, p=p, device=xp.device), (groups, *w.shape),
                 dtypes.float32, xw, gw)
-    if groups == 1: dw = dw[0]
-    else: dw = column_sum(dw.reshape(1, groups, -1)).reshape(w.shape) if isinstance(dw.device, str) else dw.sum(0)
+    dw = dw[0] if groups == 1 else column_sum(dw.reshape(1, groups, -1)).reshape(w.shape)
     def da(a:Tensor) -> UOp:
       if a.shape == g.shape: return g.uop
       per_image = column_sum(g.reshape(B, -1, g.shape[3]))
@@ -92,11 +91,11 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
 
 def matmul(a:Tensor, b:Tensor) -> Tensor:
   """a (B,N,R), b (B,R,M) -> a b (B,N,M)."""
-  (B, R, M), m = b.shape, block(first(b), b.shape[2])
+  (B, R, M), m = b.shape, block(b.device, b.shape[2])
   def laid(b:Tensor) -> Tensor: return b.reshape(B, R, M//m, m).transpose(1, 2)  # in the order in which it is read
   def grad(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
     return None, matmul(d := Tensor(g).contiguous(), b.transpose(1, 2)).uop, laid(matmul(a.transpose(1, 2), d)).uop
-  part = functools.partial(product_kernel, rows=False, cols=False, scale=1., device=first(a))
+  part = functools.partial(product_kernel, rows=False, cols=False, scale=1., device=a.device)
   return launch(part, (*a.shape[:2], M), a.dtype, a.contiguous(), laid(b).contiguous(), grad_fxn=grad)
 
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:

@@ -13,12 +13,10 @@ from tinygrad.renderer import cstyle
 from tinygrad.uop.ops import Ops, UOp
 
 def launch(fxn, shape:tuple[int, ...], dtype:DType, *inputs:Tensor, grad_fxn=None) -> Tensor:
-  """The output of a kernel. It is where the first input is: on one device, or cut along its first axis on several."""
-  device = inputs[0].device
-  out = Tensor.empty(*shape, dtype=dtype, device=device) if isinstance(device, str) else \
-    Tensor(Tensor.empty(shape[0]//len(device), *shape[1:], dtype=dtype, device=device).uop.unshard(axis=0))
+  """The output of a kernel, on the device of its inputs."""
+  out = Tensor.empty(*shape, dtype=dtype, device=inputs[0].device)
   uops = [t.uop for t in (out, *inputs)]
-  arrays = tuple((u.max_shard_shape, u.dtype) for u in uops)
+  arrays = tuple((u.shape, u.dtype) for u in uops)
   made = body(fxn.func, tuple(fxn.keywords.items()), arrays, ALLOW_TF32.value)
   return Tensor(out.uop.after(made.call(*uops, grad_fxn=grad_fxn)))
 
@@ -28,13 +26,9 @@ def body(part, options:tuple, arrays:tuple, tf32:int) -> UOp:
   tensor cores it is another."""
   return part(*(UOp.placeholder(*array, slot=i) for i, array in enumerate(arrays)), **dict(options))
 
-def groups_of(x:Tensor, most:int, least:int=1) -> int:
-  """Into how many equal groups x's images are cut: at most `most` on each device, of `least` images or more."""
-  devices = 1 if isinstance(x.device, str) else len(x.device)
-  B = x.shape[0]//devices
-  return devices * max(n for n in range(1, most+1) if B % n == 0 and (n == 1 or B//n >= least))
-
-def first(x:Tensor) -> str: return x.device if isinstance(x.device, str) else x.device[0]
+def groups_of(images:int, most:int, least:int=1) -> int:
+  """Into how many equal groups the images are cut: at most `most`, of `least` images or more."""
+  return max(n for n in range(1, most+1) if images % n == 0 and (n == 1 or images//n >= least))
 
 # *** convolution ***
 
@@ -56,12 +50,12 @@ def conv_function(stride:int, pad:int, n:int):
     (B, H, W, _), k, O = x.shape, w.shape[0], w.shape[3]
     lo, hi = (k//2, k//2) if stride == 1 else (pad, 1-pad)
     xp = x.pad((None, (lo, hi), (lo, hi), None))
-    part = functools.partial(conv_kernel, stride=stride, flipped=False, device=first(x))
+    part = functools.partial(conv_kernel, stride=stride, flipped=False, device=x.device)
     return launch(part, (B, H//stride, W//stride, O), x.dtype, xp, w.cast(x.dtype), *adds), xp
 
   def backward(g:UOp, call:UOp) -> tuple[UOp|None, ...]:
     x, w, *adds = [Tensor(u) for u in call.src[1:3+n]]
-    xp, g, device = Tensor(call.gettuple(1)), Tensor(g).cast(x.dtype), first(x)
+    xp, g, device = Tensor(call.gettuple(1)), Tensor(g).cast(x.dtype), x.device
     B, H, W, C = x.shape
     k, low = w.shape[0], w.cast(x.dtype)
     p = k//2 if stride == 1 else 0
@@ -74,7 +68,7 @@ def conv_function(stride:int, pad:int, n:int):
                   g.pad((None, (hi, lo), (hi, lo), None)), phase_taps(low, lo, hi))
       dx = dx.reshape(B, H//2, W//2, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
     # sums of groups of images, then over the groups: enough threads for every shape; 16 images or more if rows are few
-    groups = groups_of(g, 8, 1 if g.shape[1] > 4 else 16)
+    groups = groups_of(B, 8, 1 if g.shape[1] > 4 else 16)
     part = functools.partial(weight_kernel, stride=stride, p=p, device=device)
     dw = launch(part, (groups, *w.shape), dtypes.float32, xp, gp)
     images = columns(gp)    # the border is zeros
@@ -91,7 +85,7 @@ def linear(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
 def columns(x:Tensor) -> Tensor:
   """(B,H,W,C) -> (B,C): sums over the pixels."""
   B, H, W, C = x.shape
-  part = functools.partial(column_kernel, op=Ops.ADD, device=first(x))
+  part = functools.partial(column_kernel, op=Ops.ADD, device=x.device)
   return launch(part, (B, C), dtypes.float32, x.reshape(B, H*W, C))
 
 # *** GroupNorm ***
@@ -107,7 +101,7 @@ def norm_function(groups:int, eps:float, silu:bool):
     B = v.shape[0]
     return v.reshape(B, 1, 1, groups, 1).expand(B, 1, 1, groups, C//groups).reshape(B, 1, 1, C)
   def forward(x:Tensor, weight:Tensor, bias:Tensor) -> tuple[Tensor, ...]:
-    (B, H, W, C), part = x.shape, functools.partial(statistic_kernel, eps=eps, device=first(x))
+    (B, H, W, C), part = x.shape, functools.partial(statistic_kernel, eps=eps, device=x.device)
     flat = x.reshape(B, H*W, C)
     mean = launch(part, (B, groups), dtypes.float32, flat)
     rstd = launch(part, (B, groups), dtypes.float32, flat, mean)
@@ -118,7 +112,7 @@ def norm_function(groups:int, eps:float, silu:bool):
     g, mean, rstd = Tensor(g).cast(x.dtype), Tensor(call.gettuple(1)), Tensor(call.gettuple(2))
     B, H, W, C = x.shape
     affine = (weight, bias) if silu else ()
-    sums = launch(functools.partial(norm_gradient_kernel, device=first(x)), (B, 2, C), dtypes.float32,
+    sums = launch(functools.partial(norm_gradient_kernel, device=x.device), (B, 2, C), dtypes.float32,
                   g.reshape(B, H*W, C), x.reshape(B, H*W, C), mean, rstd, *affine)
     means = ((sums * weight).reshape(B, 2, groups, -1).sum(3) / (H*W*C//groups)).contiguous()
     d, v = (x.float() - spread(mean, C)) * spread(rstd, C), g.float()
@@ -132,7 +126,7 @@ def norm_function(groups:int, eps:float, silu:bool):
 def product(a:Tensor, b:Tensor, dtype:DType, rows:bool=False, cols:bool=False, scale:float=1., grad_fxn=None) -> Tensor:
   """scale · a b, (B,I,R) and (B,R,J); rows: a lies as (B,R,I); cols: b lies as (B,J,R)."""
   shape = (a.shape[0], a.shape[2 if rows else 1], b.shape[1 if cols else 2])
-  part = functools.partial(product_kernel, rows=rows, cols=cols, scale=scale, device=first(a))
+  part = functools.partial(product_kernel, rows=rows, cols=cols, scale=scale, device=a.device)
   return launch(part, shape, dtype, a, b, grad_fxn=grad_fxn)
 
 def attention(q:Tensor, k:Tensor, v:Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def on_tensor_cores(kernel:UOp, device:str) -> UOp|None:
 
 def merged(kernel:UOp) -> UOp:
   """The loops as tinygrad will see them: it merges those that run on from one another."""
-  kernel = graph_rewrite(graph_rewrite(kernel, codegen.multi_pm), codegen.pm_mops, bottom_up=True)
+  kernel = graph_rewrite(kernel, codegen.pm_mops, bottom_up=True)
   kernel = graph_rewrite(kernel, codegen.sym + codegen.pm_flatten_range)
   return graph_rewrite(kernel, codegen.pm_flatten_range + codegen.pm_simplify_ranges, ctx={})
 

@@ -210,19 +210,23 @@ def test_loss_and_gradients_in_lower_precision():
     loss, grad = map(float, line.split())
     assert loss < limit and 1e-5 < grad < limit
 
-@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="names CPU devices")
 @pytest.mark.parametrize("batch,size,k,stride", [(22, 4, 3, 1), (50, 1, 1, 1), (6, 8, 3, 2), (100, 2, 1, 1)])
-def test_gradients_of_any_batch_on_one_device_and_on_two(batch, size, k, stride):
-  """The operations for GPUs, here on CPU devices: no image is left out, however a batch is cut into groups."""
+def test_gradients_of_any_batch(batch, size, k, stride):
+  """No image is left out, however a batch is cut into groups."""
   x, w, g = arr(batch, size, size, 8), arr(k, k, 8, 16, seed=1), arr(batch, size//stride, size//stride, 16, seed=2)
   lo, hi = (k//2, k//2) if stride == 1 else (0, 1)
   padded, H = np.pad(x.astype(np.float64), ((0, 0), (lo, hi), (lo, hi), (0, 0))), size//stride
   want = np.stack([[np.einsum("bhwc,bhwo->co", padded[:, i:i+stride*H:stride, j:j+stride*H:stride], g)
                     for j in range(k)] for i in range(k)])
-  for devices in (("CPU",), ("CPU:0", "CPU:1")):
-    def lay(a, axis): return (Tensor(a).shard(devices, axis) if len(devices) > 1 else Tensor(a)).realize()
-    for convolve in (gpu.convolve, cpu.convolve):
-      weight = lay(w, None)
-      with scope():
-        dw, = (convolve(lay(x, 0), weight, stride=stride) * lay(g, 0)).sum().gradient(weight)
-        close(dw.to(devices[0]).numpy(), want, atol=1e-4 * np.abs(want).max())
+  for convolve in (gpu.convolve, cpu.convolve):
+    images, weight, after = [Tensor(a).realize() for a in (x, w, g)]
+    with scope():
+      dw, = (convolve(images, weight, stride=stride) * after).sum().gradient(weight)
+      close(dw.numpy(), want, atol=1e-4 * np.abs(want).max())
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="names CPU devices")
+def test_tensors_on_several_devices_are_computed_as_tinygrad_does():
+  x, w, devices = arr(2, 4, 4, 8), arr(3, 3, 8, 8, seed=1), ("CPU:0", "CPU:1")
+  with scope():
+    y = unet.convolve(Tensor(x).shard(devices, 0).realize(), Tensor(w).shard(devices).realize())
+    close(y.numpy(), unet.convolve(Tensor(x).realize(), Tensor(w).realize()).numpy(), atol=1e-4)
