@@ -176,10 +176,10 @@ def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> n
   if a.classes: return np.arange(classes, dtype=np.int32).repeat(a.n or 8)
   if a.label is None and editing.asked(a): return np.full(a.n, classes, np.int32)
   if a.label is None: return all_equally(a.first + (a.n or 16), classes, a.seed)[a.first:]
-  k = names.index(a.label) if a.label in names else int(a.label) if a.label.isdecimal() else classes
-  if k < classes: return np.full(a.n or 16, k, np.int32)
-  known = ", ".join(names) or f"0 to {classes - 1}"
-  raise ValueError(f"--class {a.label}: the classes of {path} are {known}")
+  numbers = [] if any(map(str.isdecimal, names)) else [*map(str, range(classes))]
+  for known in (names, numbers):
+    if a.label in known: return np.full(a.n or 16, known.index(a.label), np.int32)
+  raise ValueError(f"--class {a.label}: {path} has {', '.join(names) or f'0 to {classes - 1}'}")
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)

@@ -155,7 +155,7 @@ def fit(config:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) 
 
   images: what `data.read` takes: a name, a path, or an array (N, C, H, W) with its labels (N,).
   model: any object with tensors as attributes, called as model(x_t, t), or as model(x_t, t, y) with
-  class_conditional. Without one it is the U-Net that config describes."""
+  class_conditional; of K classes y = K is "no class". Without one it is config's U-Net."""
   name = str(images) if isinstance(images, str | os.PathLike) else None
   c = dataclasses.replace(config, dataset=name, out=folder.place(config.out, name))
   objectives.check(c)

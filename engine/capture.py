@@ -28,12 +28,19 @@ def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
   def call(*tensors:Tensor):
     if jit.captured is not None: return jit(*tensors)
     with scope():
+      started(Device.DEFAULT)
       try: return runs[0](*tensors)
       except JitError: runs[0] = step
       return step(*tensors)
   call.jit = jit  # type: ignore[attr-defined]  # its kernels can be counted
   if kept is not None: kept[key] = call
   return call
+
+def started(device:str):
+  """Makes sure that tinygrad's generator of random numbers, of which a model's own dropout may draw, has its counter
+  already: one that is made inside of a captured step begins anew in each call."""
+  if device not in Tensor._device_seeds: Tensor._next_counter(device, 0)
+  Tensor.realize(*Tensor._device_seeds.values(), *Tensor._device_rng_counters.values())
 
 def placed(array:np.ndarray, device:str) -> Tensor:
   """The array on the device. `Tensor(array).realize()` plans a copy and looks through all tensors that there are, which

@@ -21,12 +21,16 @@ def place(out:str|os.PathLike, dataset:str|None) -> str:
 def claim(folder:Path) -> Iterator[None]:
   """Makes the folder, and keeps every other program that claims it out until this one ends, however it ends.
 
-  OSError if the folder cannot be written or another has it. Where the file system knows no locks, none is kept out. Of
-  several processes the first does it for all, as everything that is written to a run's folder."""
+  OSError if the folder cannot be written or another has it; ValueError if it holds a run's files and is none. Where the
+  file system knows no locks, none is kept out. Of several processes the first does it for all, as everything that is
+  written to a run's folder."""
   if hosts.rank():
     yield
     return
   try:
+    if not any((folder/name).exists() for name in (".lock", "last.safetensors", "ema.safetensors")):
+      for name in ("log.jsonl", "loss.png", "samples"):
+        if (folder/name).exists(): raise ValueError(f"{folder} has a {name} and is no run's folder: name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder/".lock", "wb")  # noqa: SIM115
   except OSError as e: raise OSError(f"cannot write {folder}: {e.strerror or e}") from e
@@ -85,8 +89,10 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
     if (was := before.get(k)) == v or k == "labels" and was is None: continue
     if k not in may_change:
       hint = "--change to go on with another, " if k in CHANGEABLE else ""
-      raise ValueError(f"{last.parent} was trained with {k} = {was}, not {v}: use the same, {hint}another --out, or "
-                       "--restart to begin anew")
+      if k == "network" and was and v: was, v = ({n: d.get(n) for n in v if was.get(n) != v[n]} for d in (was, v))
+      how = f"{k} = {was}, not {v}" if k not in ("data", "labels") else f"other {SHOWN[k]}"
+      raise ValueError(f"{last.parent} was trained with {how}: use the same, {hint}another --out, or --restart to "
+                       "begin anew")
     changed.append(f"{k} from {was} to {v}" + ", sums in another order" * (k == "processes"))
   for k in before.keys() - fixed.keys() - FREE - {"labels"}:
     if before[k]: raise ValueError(f"{last.parent} was trained with {k} = {before[k]}, which is gone: use another "
@@ -104,13 +110,15 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
   cut(last.parent/"log.jsonl", meta["step"], note)
   return meta["step"], meta["smooth"]
 
+SHOWN = {"data": "images, or images fitted in another way", "labels": "labels"}
+
 def settings(c, network:dict|None, found:Any) -> dict:
   """All that fixes the numbers of a run, from train.py's `Config`, the arguments of a UNet and the `data.Dataset`."""
   fixed = {k: v for k, v in dataclasses.asdict(c).items() if k not in FREE}
   more = {"network": network, "images": found.images.shape, "data": int(found.digest[:8], 16),
           "processes": hosts.size()}  # which fix the order of the sums
   if c.class_conditional: more["labels"] = found.digest[8:]  # of the labels and the names of the classes
-  return json.loads(json.dumps(fixed | more, default=str))
+  return json.loads(json.dumps(fixed | more, default=lambda v: v.item() if hasattr(v, "item") else str(v)))
 
 # settings that fix no number, or only by way of the network and the images
 FREE = {"dataset", "data_dir", "image_size", "fit", "mode", "out", "restart", "change", "steps", "save_every",
@@ -206,8 +214,8 @@ def entry(step:int, t:np.ndarray, T:int, each:np.ndarray, norm:float, smooth:flo
   for i in range(4):
     here = (t - 1) * 4 // T == i
     bands.append(float(each[here].mean()) if here.any() else None)
-  return {"step": step, "loss": float(each.mean()), "smooth": smooth, "grad_norm": norm, "lr": lr, "bands": bands,
-          "images_per_s": round(rate, 1)}
+  return {"step": step, "loss": float(each.mean()), "smooth": smooth, "grad_norm": norm, "lr": float(lr),
+          "bands": bands, "images_per_s": round(rate, 1)}
 
 def introduce(c, state:State, found:Any, begun:int, left:float):
   """A run's first lines. left: ᾱ_T, what is left of the image's variance at the end of the forward process."""

@@ -125,6 +125,7 @@ def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tup
   except Exception as e:  # Pillow raises nearly anything on a damaged file
     raise ValueError(f"{path} cannot be read as an image: {reason(e)}") from e
   said = [text.removeprefix("1 of 1 images ") for text in (*to.said, *words)]
+  if found.clear: said.append("transparency as on white")
   if C == 1 and not found.gray: said.append("made gray")
   if C == 3 and found.gray: said.append("gray in three equal channels")
   if said: print(f"{path}: {', '.join(said)}", file=sys.stderr)
@@ -219,7 +220,7 @@ def edit(a:argparse.Namespace, ddpm:DDPM, sampler:Callable, labelled:Callable, s
   images = np.concatenate([left, data.to_uint8(x).reshape(rows, a.n, *shape)], 1)
   pictures.save_png(a.out, pictures.grid(images.reshape(-1, *shape), images.shape[1]))
   for path, back, photo in zip(a.encode or (), x, x0):
-    error = 127.5 * np.sqrt(np.square(back - photo).mean())
+    error = 127.5 * np.sqrt(np.square(back.clip(-1, 1) - photo).mean())
     print(f"{path} comes back with an error of {error:.2f} of 255 (root mean square)", file=sys.stderr)
   print("wrote " + ", ".join(filter(None, (a.out, a.npz))), file=sys.stderr)
   return True

@@ -1,6 +1,7 @@
 """What may be changed in L_simple: which times are drawn, what each counts for, and where no error counts. None of it
 is in the paper. c: the `Config` of train.py."""
 import dataclasses, sys
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -80,10 +81,13 @@ def check(c):
   for f in dataclasses.fields(c):
     v, (low, high, choices) = getattr(c, f.name), (f.metadata.get(k) for k in ("low", "high", "choices"))
     if f.name == "schedule" and isinstance(v, list | tuple): continue  # one's own, which ddpm.py checks
-    fits = isinstance(v, int) or isinstance(f.default, float)
-    if choices: known, what = str(v) in choices or v is f.default, f"one of {', '.join(choices)}"
-    else: known, what = not isinstance(v, int | float) or fits and low <= v <= high, f"from {low:g} to {high:g}"
-    if not fits: what = f"whole, {what}"
+    kind, known, what = type(f.default), True, ""
+    if choices: known, what = isinstance(v, str) and v in choices or v is f.default, f"one of {', '.join(choices)}"
+    elif kind is tuple:
+      known, what = isinstance(v, list | tuple) and all(isinstance(i, Integral) for i in v), "whole numbers, as (16, 8)"
+    elif kind in (int, float):
+      known, what = isinstance(v, Integral if kind is int else Real) and low <= v <= high, f"from {low:g} to {high:g}"
+      if kind is int: what = f"whole, {what}"
     if not known: raise ValueError(f"--{f.name.replace('_', '-')} must be {what}, not {repr(v)[:60]}")
   begun, photos = Path(c.out, "last.safetensors").exists(), Path(c.dataset or "").expanduser()
   if c.dataset in data.DATASETS:
@@ -93,6 +97,9 @@ def check(c):
     raise ValueError(f"--out {c.out} is in the dataset's own folder, where its pictures would become training images")
   if not c.channel_mult: raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
   if c.batch % c.accum: raise ValueError(f"--batch {c.batch} is no multiple of --accum {c.accum}")
+  if 0 < c.anneal < c.steps:
+    raise ValueError(f"--anneal {c.anneal}: the learning rate is 0 from step {c.anneal + 1} on, so --steps {c.steps} "
+                     "would change nothing more")
   if c.min_snr and (c.predict, c.loss) != ("eps", "simple"):
     raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps, --loss simple")
   if c.sigma == "learned" and c.loss == "simple":

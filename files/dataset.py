@@ -34,6 +34,9 @@ class Dataset(NamedTuple):
     """One line: number, shape and classes, how the dataset was read, and what was left out."""
     n, c, h, w = self.images.shape
     classes = f" in {len(self.classes)} classes" if len(self.classes) > 1 else ""
+    if classes and (empty := np.setdiff1d(np.arange(len(self.classes)), self.labels)).size:
+      some = ", ".join(self.classes[i] for i in empty[:5]) + ", ..." * (len(empty) > 5)
+      classes += f", {len(empty)} of them without an image ({some})"
     return "; ".join([f"{n} images of {c} x {h} x {w}{classes}", *self.said, *self.left])
 
 def dataset(images:np.ndarray, labels:np.ndarray, classes:list[str], checksum:int|None=None, **rest:Any) -> Dataset:
@@ -246,9 +249,13 @@ def numbered(labels:Any, n:int) -> tuple[np.ndarray, list[str]]:
 def surveyed(x:np.ndarray, labels:Any, size:Size|None, fit:str, multiple:int) -> tuple:
   """What an array is: (as (N, C, H, W), limits, plan, labels, names of the classes, what is to be said)."""
   x, layout = channels_first(x)
-  limits, to = limits_of(x), plan([x.shape[2:]] * len(x), size, multiple, fit)
+  limits, to, said = limits_of(x), plan([x.shape[2:]] * len(x), size, multiple, fit), [layout]
   given, classes = numbered(labels, len(x))
-  said = [layout] if limits is None else [layout, f"{x.dtype} from {limits[0]:g} to {limits[1]:g} scaled to [-1, 1]"]
+  if limits: said.append(f"{x.dtype} from {limits[0]:g} to {limits[1]:g} scaled to [-1, 1]")
+  elif x.dtype not in (np.uint8, bool): said.append(f"{x.dtype} read as levels from 0 to 255")
+  elif x.dtype == np.uint8 and all(part.max() <= 1 for part in parts(x)):
+    x = x.view(bool)
+    said.append("0 and 1 read as black and white")
   return x, limits, to, given, classes, [*said, *to.said]
 
 def from_array(x:Any, labels:Any=None, size:Size|None=None, fit:str="crop", multiple:int=1) -> Dataset:

@@ -15,7 +15,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".tif",
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]  # Pillow opens more kinds, some by other programs
 HELD_OUT = ("test", "val", "valid", "validation", "dev")  # beside train/, the first of them is the split "test"
 LIMIT = 1 << 28  # bytes: no single file in an archive is unpacked beyond it
-FORM = 1  # of what is kept in the cache
+FORM = 2  # of what is kept in the cache
 
 def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:int) -> Dataset:
   """A folder, a .zip, a .npy or an .npz file: see `data.read`."""
@@ -133,6 +133,7 @@ class Measured(NamedTuple):
   frames:int
   reduced:bool  # read at an eighth of its size
   deep:bool  # 16 bits in each of several channels: Pillow gives the upper 8
+  clear:bool  # knows transparency
 
 def open_image(f:IO[bytes]) -> tuple[Image.Image, bool]:
   """A Pillow image, and whether it is so large that it is read at an eighth of its size, as JPEG alone can be."""
@@ -158,7 +159,8 @@ def measure(f:IO[bytes]) -> Measured:
     x, top = values(img), {"I;": 65535., "I": 2.**31 - 1, "F": math.inf}[img.mode[:2]]
     depth = float(x.min()), float(x.max()), top
   if img.format == "MPO": frames = 1  # a camera's: the others are previews
-  return Measured((h, w), bool(depth) or img.mode in ("1", "L", "LA"), depth, frames, reduced, deep and not depth)
+  return Measured((h, w), bool(depth) or img.mode in ("1", "L", "LA"), depth, frames, reduced, deep and not depth,
+                  img.has_transparency_data)
 
 def values(img:Image.Image) -> np.ndarray:
   x = np.asarray(img, np.float64)
@@ -231,17 +233,17 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   found = list(each(measure, source, items, broken, "measuring"))
   of = [measured for _, measured in found]
   kept:list[Item] = []
-  colours = 0
+  colours = brightest = 0
   if found:
     to = plan([m.shape for m in of], size, multiple, fit)
     span, words = brightness([m.depth for m in of if m.depth])
     to = to._replace(span=span, gray=mode == "gray" or mode is None and all(m.gray for m in of))
     said += [*to.said, *words]
   def rows() -> Iterator[tuple[int, np.ndarray]]:
-    nonlocal colours
+    nonlocal colours, brightest
     for item, (x, coloured) in each(functools.partial(decode, to), source, [i for i, _ in found], broken, "reading"):
       kept.append(item)
-      colours += coloured
+      colours, brightest = colours + coloured, max(brightest, int(x.max()))
       yield item.half, x
   crcs = write_array(f, rows(), len(found), (1 if to.gray else 3, to.height, to.width), "|u1") if found else []
   train = sum(item.half == 0 for item in kept)
@@ -252,7 +254,9 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
     return decode_all(source, size, fit, "gray", multiple, f)
   if mode is None and 0 < (share := colours / (len(kept) * to.height * to.width)) <= 1e-3:
     said.append(f"nearly gray, {share:.2g} of the pixels are coloured: mode gray makes one channel of the three")
+  if brightest <= 1: said.append(f"all but black: no pixel is above {brightest} of 255")
   if n := sum(m.deep for m in of): said.append(f"of {n} images of several channels of 16 bits, the upper 8 are read")
+  if n := sum(m.clear for m in of): said.append(f"transparency of {n} images as on white")
   if n := sum(m.reduced for m in of): said.append(f"{n} images above {Image.MAX_IMAGE_PIXELS} pixels read at an eighth")
   if n := sum(m.frames > 1 for m in of):
     left.append(f"{sum(m.frames - 1 for m in of)} further pages or frames in {n} of the files left out")

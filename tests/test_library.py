@@ -50,6 +50,34 @@ def test_a_model_of_ones_own(tmp_path):
                                           sample.draw_x_T(6, (1, 8, 8), 0), 50)
   assert t == 0 and abs(data.to_uint8(x.numpy()).mean() - 200) < 20
 
+class Noisy:
+  """It answers a random number of its own, 0 to 100, the same for all pixels."""
+  def __init__(self): self.w = f32(np.ones(1))
+  def __call__(self, x, t): return x * 0 + self.w * 100 * Tensor.rand(1)
+
+def test_random_numbers_of_a_models_own(tmp_path):
+  """They differ from call to call, also if nothing has drawn any before: as in a new process, the generator is new."""
+  Tensor.manual_seed(3)
+  root = np.sqrt(losses(fit(tmp_path, model=Noisy(), steps=8, lr=1e-12)))
+  assert len(root) == 8 and root.std() > 10
+  Tensor.manual_seed(3)
+  net = Noisy()
+  said = sample.SAMPLERS["ddpm"](DDPM(8, predict="x0"), net, sample.draw_x_T(1, (1, 2, 2), 0), 8, clip=False)
+  assert np.std([x0.numpy().mean() for *_, x0 in said][1:]) > 10
+
+@pytest.mark.parametrize("wrong,words", [
+  (dict(steps=10, anneal=4), ("--anneal 4", "step 5")), (dict(steps="3"), ("--steps", "whole")),
+  (dict(T=10.5), ("--T", "whole")), (dict(lr="fast"), ("--lr", "1e-12")), (dict(attn=16), ("--attn", "whole numbers")),
+  (dict(channel_mult=(1, 1.5)), ("--channel-mult", "whole numbers")), (dict(seed=None), ("--seed", "whole")),
+  (dict(schedule="foo"), ("--schedule must be one of linear",)), (dict(dtype="float64"), ("--dtype must be one of",))])
+def test_settings_that_cannot_be(tmp_path, wrong, words):
+  refused(lambda: fit(tmp_path/"run", **wrong), *words)
+  assert not (tmp_path/"run").exists()
+
+def test_numbers_of_numpy_as_settings(tmp_path):
+  out = fit(tmp_path, steps=np.int64(2), lr=np.float32(0.5), T=np.int32(50))
+  assert fit(tmp_path, steps=3, lr=0.5) == out and len(losses(out)) == 3
+
 def test_its_run_goes_on(tmp_path):
   """In one piece or in two: the same numbers. The second model begins with other weights, which do not matter."""
   first, second = Net(), Net()

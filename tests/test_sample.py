@@ -254,6 +254,15 @@ def test_classes(command):
   pairs = (share[:60] > 0.5).reshape(30, 2)
   assert (pairs.sum(1) == 1).all() and 5 < pairs[:, 0].sum() < 25
 
+@pytest.mark.parametrize("names,asked,k", [
+  (["1", "2"], "1", 0), (["1", "2"], "2", 1), (["1", "2"], "0", None), (["10", "20"], "1", None),
+  (["cat", "dog"], "1", 1), (["cat", "dog"], "dog", 1), (["cat", "dog"], "2", None), (["cat", "7"], "0", None),
+  ([], "1", 1), ([], "2", None)])
+def test_a_class_is_asked_by_name_or_where_no_name_is_a_number_by_number(names, asked, k):
+  def found(): return sample.labels_of(sample.arguments(["--class", asked, "--n", "3"]), 2, names, "model")
+  if k is None: refused(found, f"--class {asked}", ", ".join(names) or "0 to 1")
+  else: assert found().tolist() == [k] * 3
+
 # *** which weights, and what is refused ***
 
 def test_raw_weights_and_the_newest_run(command, tmp_path):

@@ -469,7 +469,7 @@ def test_other_settings_are_refused_by_name(begun, changes, words):
 
 def test_other_data_networks_and_states_are_refused(begun, tmp_path):
   before = contents(begun)
-  refused(lambda: fit(begun, IMAGES[::-1].copy()), "data = ", "--out")
+  refused(lambda: fit(begun, IMAGES[::-1].copy()), "other images", "--out")
   refused(lambda: fit(begun, IMAGES[:32], LABELS[:32]), "images = [64, 1, 8, 8]")
   refused(lambda: fit(begun, model=affine((1, 1, 8))), "state of this network", "--restart")
   refused(lambda: fit(begun, model=UNet(**TINY | {"channel_mult": (1,)})), "network = None")
@@ -514,6 +514,21 @@ def test_how_the_path_is_spelled_does_not_matter(tmp_path, images, end):
   assert folder.place("runs/<dataset>", "..") == folder.place("runs/<dataset>", "../..") == "runs/folder"
   assert about(tmp_path/"run"/"ema.safetensors")["dataset"] == os.path.relpath(tmp_path/"train")
   assert not any("held_out" in e for e in log(tmp_path/"run"))  # there are no images apart from these
+
+@pytest.mark.parametrize("name", ("log.jsonl", "loss.png", "samples"))
+def test_a_folder_of_other_things_is_not_touched(tmp_path, name):
+  (tmp_path/name).write_text('{"step": 1, "loss": 0.9}\n')
+  for restart in (False, True):
+    refused(lambda restart=restart: fit(tmp_path, restart=restart), tmp_path, "no run's folder", name)
+  assert [f.name for f in tmp_path.iterdir()] == [name] and "0.9" in (tmp_path/name).read_text()
+  (tmp_path/name).rename(tmp_path/"other")
+  fit(tmp_path, steps=1)
+  assert (tmp_path/"other").exists() and saved_step(tmp_path) == 1
+
+def test_what_another_run_had_is_said(tmp_path):
+  run(tmp_path, "glyphs", "--steps", 1)
+  refused(lambda: run(tmp_path, "glyphs", "--steps", 2, "--num-res-blocks", 2),
+          "network = {'num_res_blocks': 1}, not {'num_res_blocks': 2}")
 
 def test_changed_settings_are_noted(tmp_path, capsys):
   fit(tmp_path, steps=2)
@@ -797,7 +812,7 @@ def test_a_folder_is_trained_on_at_the_size_that_is_said_and_read_as_then(tmp_pa
   train.fit(config(tmp_path/"run", steps=1, image_size=(8, 4), fit="pad"), str(source), model=own)
   meta = about(tmp_path/"run"/"ema.safetensors")
   assert meta["how"] == {"size": [8, 4], "fit": "pad", "mode": None, "multiple": 1} and meta["dataset"] == str(source)
-  refused(lambda: train.fit(config(tmp_path/"run", steps=2, image_size=(8, 4)), str(source), model=own), "data = ")
+  refused(lambda: train.fit(config(tmp_path/"run", steps=2, image_size=(8, 4)), str(source), model=own), "other images")
 
 @pytest.mark.parametrize("times", ("uniform", "weighted"))
 def test_held_out_loss(tmp_path, monkeypatch, times):
