@@ -745,7 +745,7 @@ def test_a_full_disk_is_one_sentence(offline, monkeypatch):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_set_larger_than_what_is_read_of_it_stays_on_the_disk(offline):
   rng, peaks = np.random.default_rng(0), []
-  for n in (2000, 8000):
+  for n in (6000, 12000):
     np.save(offline / f"{n}.npy", rng.integers(0, 256, (n, 64, 64, 3), np.uint8))
     program = f"""if True:
       import data
@@ -763,7 +763,7 @@ def test_a_set_larger_than_what_is_read_of_it_stays_on_the_disk(offline):
     env = os.environ | {"XDG_CACHE_HOME": str(offline / "xdg")}
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, check=True)
     peaks.append(int(run.stdout) * resource.getpagesize() / 2**20)
-  assert peaks[1] - peaks[0] < 30  # MB; the second is larger by 74
+  assert abs(peaks[1] - peaks[0]) < 30  # MB; the second is larger by 74
 
 def test_any_damage_is_read_or_refused(offline):
   """Bytes flipped, cut out and put in, at random: a result or one sentence, never another error."""
