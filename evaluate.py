@@ -145,7 +145,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--dataset", help="default: the checkpoint's")
   add("--split", default="test", choices=("train", "test"))
   add("--data-dir", help="where the dataset's files are")
-  add("--n", type=number(int, 1), help="images, drawn from the split (256, or all if fewer)")
+  add("--n", type=number(int, 1), help="images drawn from the split (256) or --samples (all)")
   add("--samples-t", type=number(int, 0), metavar="M", help="random terms per image (20); 0: all")
   add("--labels", action="store_true", help="give the model each image's class instead of none")
   add("--no-clip", action="store_true", help="do not clip x̂_0 to [-1, 1]")
@@ -172,7 +172,7 @@ def report_bound(T:int, b:Bound, how:str) -> dict:
         rate=(bpd - L_0, "(the two together)"), distortion=(L_0, f"(L_0; RMSE {rmse:.3f} of 255)"),
         total=(bpd, f"± {error or math.nan:.6f}, the standard error over images"),
         squared_error_of_eps=(mse := mse_t @ b.weight / T, "(mean over t = 1..T)"))
-  if L_T >= 1e-4:
+  if L_T >= 1e-3:
     print(f"evaluate.py: warning: L_T = {L_T:.2g} bits/dim is not close to 0: x_T still shows x_0, "
           "but samples start from N(0, I); train with a larger T or betas", file=sys.stderr)
   return {"bits_per_dim": bpd, "standard_error": error, "rate": bpd - L_0, "distortion": L_0,
@@ -197,7 +197,7 @@ def main(argv:list[str]|None=None):
   own = found.labels[index] if a.labels else None
   labels = told(own, found.classes, c["num_classes"], meta, len(index))
   common = {"seed": a.seed, "batch": a.batch, "clip": meta.get("clip", True) and not a.no_clip}
-  how = f"{a.samples_t} random t for each image: unbiased" if a.samples_t else "all t"
+  how = "all t" if a.samples_t in (0, ddpm.T - 1, ddpm.T) else f"{a.samples_t} random t: unbiased"
   def measure(x0:np.ndarray, desc:str) -> Bound:
     y = None if labels is None else labels[:len(x0)]
     return bound(ddpm, net, x0, samples_t=a.samples_t or None, labels=y, desc=desc, **common)

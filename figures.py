@@ -20,21 +20,22 @@ class Model:  # a trained model; draw() is Algorithm 2 for the n rows of a figur
     self.shape, self.classes = sample.image_shape(self.net), self.net.config["num_classes"]
     self.n, self.clip = a.n or n, self.meta.get("clip", True)
     self.labels = guidance.all_equally(self.n, self.classes, a.seed)
-    self.times = sample.timesteps(self.ddpm.T, min(a.steps or self.ddpm.T, self.ddpm.T))
+    self.times = sample.timesteps(self.ddpm.T, a.steps or self.ddpm.T)
     sampler = functools.partial(sample.sample_ddpm, self.ddpm, seed=a.seed, clip=self.clip, jits={})
     self.labelled = guidance.labelling(self.net, 1, self.meta.get("null_class", True))
     self.draw = drawing(sampler, self.labelled, a.batch)
   def save(self, a:argparse.Namespace, x:np.ndarray, columns:int):  # images in [-1, 1], row by row
     pictures.save_png(a.out, pictures.grid(data.to_uint8(x.reshape(-1, *self.shape)), columns))
-  def images(self, a:argparse.Namespace) -> np.ndarray:
-    return sample.open_images(a, "test", self.path, self.net, self.meta)[1].images
+  def images(self, a:argparse.Namespace) -> data.Dataset:
+    return sample.open_images(a, "test", self.path, self.net, self.meta)[1]
 
 def measured(a:argparse.Namespace, n:int) -> tuple[Model, evaluate.Bound]:  # of n test images
   m = Model(a, n)
-  index = choose(len(found := m.images(a)), m.n, a.seed, "evaluated images")
-  y = guidance.told(None, [], m.classes, m.meta, len(index))
-  return m, evaluate.bound(m.ddpm, m.net, found[index], a.seed, 200, a.batch, m.clip, y, "bound")
-
+  found = m.images(a)
+  x = found.images[index := choose(len(found.images), m.n, a.seed, "evaluated images")]
+  own = None if m.meta.get("null_class", True) else found.labels[index]
+  y = guidance.told(own, found.classes, m.classes, m.meta, len(index))
+  return m, evaluate.bound(m.ddpm, m.net, x, a.seed, 200, a.batch, m.clip, y, "bound")
 def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
   """Section 4.3, Figure 5: rows (t, rate, distortion) of `bound`, from t = T down. rate: bits/dim
   sent once x_t is known: L_T and the terms of all times above t. distortion: the RMSE of x̂_0,
@@ -43,7 +44,6 @@ def rate_distortion(T:int, b:evaluate.Bound) -> np.ndarray:
   np.add.at(spent, b.t, b.L * b.weight / len(b.t))
   above = b.L_T.mean() + spent[:0:-1].cumsum()[::-1]       # at t: L_T and the terms of times > t
   return np.stack([b.t.mean(0), above[b.t].mean(0), 127.5 * np.sqrt(b.mse_x0.mean(0))], 1)[::-1]
-
 def figure_5(a:argparse.Namespace):
   """Figure 5: distortion and rate against the steps T−t, and distortion against rate."""
   m, b = measured(a, 64)
@@ -55,7 +55,6 @@ def figure_5(a:argparse.Namespace):
   curves = (steps, distortion, s, d), (steps, rate, s, r), (rate, distortion, r, d)
   plots = [pictures.plot({y_name: (x, y)}, "", x_name, y_name) for x, y, x_name, y_name in curves]
   pictures.save_png(a.out, pictures.joined(plots))
-
 def table_4(a:argparse.Namespace):
   """Table 4: rate and distortion at every tenth of the reverse process."""
   m, b = measured(a, 64)
@@ -64,7 +63,6 @@ def table_4(a:argparse.Namespace):
   for tenth in range(10, 0, -1):
     t, rate, distortion = rows[np.abs(T - rows[:, 0] + 1 - T * tenth / 10).argmin()]
     print(f"{T - t + 1:>9.0f}{rate:>18.5f}{distortion:>18.5f}")
-
 def figure_6(a:argparse.Namespace):
   """Figure 6: x̂_0 over time, a row for each image."""
   m = Model(a, 8)
@@ -84,7 +82,6 @@ def figure_7(a:argparse.Namespace):
     x_0 = m.draw(x_t.repeat(k, 0), labels, rest, index=index)[0][0].reshape(m.n, k, *m.shape)
     rows.append(np.concatenate([x_t[:, None], x_0], 1))
   m.save(a, np.stack(rows, 1), k + 1)
-
 def figure_8(a:argparse.Namespace):
   """Figure 8: x_t, x'_t ~ q(x_t | x_0) of two images at t = --at, mixed and decoded. A row: x_0,
   λ = 0, 0.1 .. 1, x'_0. In a row all λ share the noise of x_t and x'_t, and that of the decoding.
@@ -107,7 +104,7 @@ def figure_8(a:argparse.Namespace):
   m.save(a, np.concatenate([ends[:, 0], x_0.reshape(n, 11, *m.shape), ends[:, 1]], 1), 13)
 def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test images, for Figure 8
   if a.images: return editing.read(a.images, m.shape, m.meta.get("how"))
-  x, rng = m.images(a), stream(a.seed, "interpolated images")
+  x, rng = m.images(a).images, stream(a.seed, "interpolated images")
   return x[rng.choice(len(x), min(2 * m.n, len(x) // 2 * 2), replace=False)]
 def table_2(a:argparse.Namespace):
   """Table 2's rows on a small budget, in bits/dim (the paper's columns are IS and FID)."""
@@ -136,10 +133,13 @@ def main(argv:list[str]|None=None):
   add("--images", nargs="+", metavar="FILE", help="8: two for each row, else test images")
   add("--dataset", help="default: the checkpoint's; table2: glyphs")
   add("--data-dir", help="where the dataset's files are")
-  add("--out", default="figure.png", help="the picture (%(default)s)")
+  add("--out", default="figure.png", help="the picture (%(default)s); 5: beside it a .csv")
   a = p.parse_args(argv)
-  for flag, which in (("k", "7"), ("at", "8"), ("ddim", "8"), ("images", "8")):
-    if vars(a)[flag] and a.which != which: raise ValueError(f"--{flag} is for figure {which}")
+  of = dict(k="7", at="8", ddim="8", images="8", steps="6 7 8 table2", checkpoint="5 6 7 8 table4",
+            dataset="5 8 table2 table4", data_dir="5 8 table2 table4")
+  for flag, which in of.items():
+    if vars(a)[flag] and a.which not in which.split():
+      raise ValueError(f"--{flag.replace('_', '-')} is for figures.py {which}")
   if a.images and (a.n or a.dataset): raise ValueError("--images: leave out --n and --dataset")
   places = [a.out] + [str(Path(a.out).with_suffix(".csv"))] * (a.which == "5")
   editing.keep(a.images or (), *places)

@@ -104,7 +104,7 @@ def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
   hosts.take_device(open_device(a.tf32))
   path = checkpoint.find(a.checkpoint, a.raw)
-  editing.keep([path], *(vars(a).get(k) for k in ("out", "npz", "gif", "json")))
+  editing.keep([path], *(vars(a).get(k) for k in ("out", "npz", "gif", "png", "json")))
   net, meta = checkpoint.load(path, a.raw)
   try: ddpm = DDPM(**meta.get("ddpm", {}))
   except TypeError as e: raise ValueError(f"{path} does not describe its diffusion: {e}") from e
@@ -161,11 +161,11 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
 
 def check_places(*paths:str|None):
   """OSError for a file that cannot be written: better now than after an hour."""
-  for path in filter(None, paths):
+  for path in (path for path in paths if path is not None):
     there = Path(path).absolute()
     folder = next(f for f in (there.parent, *there.parents) if f.exists())
-    if there.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-      raise OSError(f"cannot write {path}")
+    if not path or there.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+      raise OSError(f"cannot write {path or 'a file without a name'}")
 
 def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> np.ndarray:
   """The label of each image to draw. ValueError for a class that the model does not have."""
@@ -175,7 +175,7 @@ def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> n
   if asked and a.guidance == 0: raise ValueError("--guidance 0 draws without a class: leave it out")
   if a.classes: return np.arange(classes, dtype=np.int32).repeat(a.n or 8)
   if a.label is None and editing.asked(a): return np.full(a.n, classes, np.int32)
-  if a.label is None: return all_equally(a.first + (a.n or 16), classes, a.seed)[a.first:]
+  if a.label is None: return all_equally(a.n or 16, classes, a.seed, a.first)
   numbers = [] if any(map(str.isdecimal, names)) else [*map(str, range(classes))]
   for known in (names, numbers):
     if a.label in known: return np.full(a.n or 16, known.index(a.label), np.int32)

@@ -6,7 +6,7 @@ import numpy as np
 # draws without this file, are a stream of their own as well.)
 USES = ("", "x_T", "z", "latents", "interpolated images", "order of classes", "order of images", "flip",
         "training step", "noise of the bound", "times of the bound", "evaluated images", "dequantization", "probes",
-        "directions", "other images", "held-out images", "LeNet")
+        "directions", "other images", "held-out images", "LeNet", "samples")
 
 def stream(seed:int, use:str, *index:int) -> np.random.Generator:
   """The generator of one `use` (a word of USES) of a seed; index: the image, step or epoch that it is for.

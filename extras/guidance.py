@@ -38,13 +38,14 @@ def labelling(net, guidance:float, known:bool=True) -> Callable[[np.ndarray], Ca
     return model
   return labelled if null else lambda labels: net
 
-def all_equally(n:int, classes:int, seed:int) -> np.ndarray:
-  """The labels (n,) of images for which no class was asked: all K classes equally, in any order.
+def all_equally(n:int, classes:int, seed:int, first:int=0) -> np.ndarray:
+  """The labels (n,) of images first, first + 1, ..., for which no class was asked: all K classes equally, in any order.
 
   x ~ Σ_y p(x | y) / K: each class comes once among K images. Images drawn without a label are worse."""
   if not classes: return np.zeros(n, np.int32)
-  orders = [stream(seed, "order of classes", i).permutation(classes) for i in range(math.ceil(n / classes))]
-  return np.concatenate(orders)[:n].astype(np.int32)
+  rounds = range(first // classes, math.ceil((first + n) / classes))
+  orders = [stream(seed, "order of classes", i).permutation(classes) for i in rounds]
+  return np.concatenate(orders)[first % classes:][:n].astype(np.int32)
 
 def told(labels:np.ndarray|None, own:list[str], classes:int, meta:dict, n:int) -> np.ndarray|None:
   """What a model of so many classes is told of n images that are measured: without labels "no class" or nothing, else

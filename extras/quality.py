@@ -74,7 +74,8 @@ def compare_samples(a:argparse.Namespace):
     raise ValueError("the checkpoint does not name its images: say which by --dataset")
   found, known = (read_set(name, split, a.data_dir, made.images.shape[2:], meta) for split in (a.split, "train"))
   say(name, found, a.split)
-  samples, images, real = values(made)[:a.n], values(found), values(known)
+  samples, images, real = values(made), values(found), values(known)
+  if a.n: samples = samples[choose(len(samples), a.n, a.seed, "samples")]
   if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
     raise ValueError(f"{a.samples} holds {samples.dtype} {samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
   apart = a.split == "test" and found.heldout  # from the training images, whose distance then says something

@@ -1,5 +1,5 @@
 """Networks in the layout of diffusers, as the hub has them: other names, other arguments, other orders of axes."""
-import functools, json, os, reprlib, sys
+import functools, json, math, os, reprlib, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def to_ours(read:Callable[[], np.ndarray], name:str, ndim:int, null:bool, flip:b
   """The inverse of `to_theirs` for a tensor yet to be read, with as many axes as ours has. flip: they embed the time as
   cosines, then sines, so that rows of the first layer change places."""
   v = read()
-  if name == CLASSES: return v if null else np.concatenate([v, np.zeros_like(v[:1])])
+  if name == CLASSES: return v if null or not v.ndim else np.concatenate([v, np.zeros_like(v[:1])])
   v = v.transpose(2, 3, 1, 0) if v.ndim == 4 else v.T
   if name == FIRST and flip: v = np.roll(v, len(v)//2, axis=0)
   if v.ndim == 2 and ndim == 4: return v[None, None]
@@ -216,7 +216,8 @@ def load(folder:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
 
 def check_images(meta:dict, path:str|os.PathLike):
   """ValueError unless what a checkpoint says of its images is what train.py writes."""
-  def numbers(v) -> bool: return isinstance(v, list) and len(v) == 2 and all(isinstance(n, int | float) for n in v)
+  def finite(v) -> bool: return isinstance(v, int | float) and -math.inf < v < math.inf
+  def numbers(v) -> bool: return isinstance(v, list) and len(v) == 2 and all(map(finite, v))
   def names(v) -> bool: return isinstance(v, list) and all(isinstance(n, str) for n in v)
   def how(v) -> bool:  # what data.read takes
     if not isinstance(v, dict) or not v.keys() <= {"size", "fit", "mode", "multiple"}: return False

@@ -105,9 +105,23 @@ def test_figure_8_mixes_latents_of_one_noise(command, monkeypatch):
   eps = (rows[:, [1, 11]] - math.sqrt(d.alpha_bar[7]) * x0) / math.sqrt(1 - d.alpha_bar[7])
   assert abs(eps.std() - 1) < 0.1 and np.abs(np.corrcoef(eps.reshape(4, 256)) - np.eye(4)).max() < 0.3
 
+@pytest.mark.parametrize("known", (True, False))
+def test_a_model_that_always_needs_a_class_is_told_those_of_the_images(command, monkeypatch, tmp_path, known):
+  y, told, bound = np.arange(12) % 2, [], evaluate.bound
+  np.savez(tmp_path / "set.npz", images=(9 + y).astype(np.uint8)[:, None, None].repeat(16, 1).repeat(16, 2), labels=y)
+  def noted(d, net, x0, *rest):
+    told.append((x0[:, 0, 0, 0] - 9, rest[-2]))
+    return bound(d, net, x0, *rest)
+  monkeypatch.setattr(evaluate, "bound", noted)
+  command.meta["null_class"] = known
+  command("--dataset set.npz --n 7", ["table4"])
+  (x, labels), = told
+  assert len(x) == 7 and labels.tolist() == ([2] * 7 if known else x.tolist())
+
 @pytest.mark.parametrize("line", (
   "6 --n 0", "9", "", "7 --k 0", "8 --at 0", "6 --out /proc/version/a.png", "6 --shared 2", "5 --steps x",
   "7 --at 3", "6 --ddim", "5 --images a.png b.png", "table4 --at 1", "table2 --ddim", "6 --k 7", "8 --k 2",
+  "5 --steps 3", "6 --dataset glyphs", "7 --data-dir .", "table2 --checkpoint a",
   "8 --images a.png b.png --n 2", "8 --images a.png b.png --dataset glyphs", "5 --out a.csv"))
 def test_wrong_arguments_are_one_sentence(command, line):
   which, *rest = line.split() or [""]

@@ -1,5 +1,5 @@
 """What is read and written: random streams, atomic writing, pictures, the bar, checkpoints."""
-import json, os, re, shutil, stat, subprocess, sys, tracemalloc, types
+import json, math, os, re, shutil, stat, subprocess, sys, tracemalloc, types
 import numpy as np
 import pytest
 import unet
@@ -206,7 +206,8 @@ def test_a_network_of_the_users_own(tmp_path):
   assert other.count.tolist() == [7] and json.loads(read_tensors(path)[1]["ddpm"]) == {"dataset": "x"}
 
 @pytest.mark.parametrize("wrong", [
-  {"limits": [1]}, {"limits": "0, 1"}, {"limits": [0, "b"]}, {"how": 3}, {"how": {"sizes": 8}}, {"classes": [1, 2]},
+  {"limits": [1]}, {"limits": "0, 1"}, {"limits": [0, "b"]}, {"how": 3}, {"limits": [0, math.nan]},
+   {"how": {"sizes": 8}}, {"classes": [1, 2]},
   {"classes": "ab"}, {"dataset": ["a"]}, {"how": {"multiple": 0}}, {"how": {"multiple": "x"}},
   {"how": {"size": {"a": 1}}}, {"how": {"size": [None, 8]}}, {"how": {"size": 1.5}}, {"how": {"fit": ["crop"]}},
   {"how": None}, {"classes": None}])

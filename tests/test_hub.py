@@ -164,6 +164,10 @@ def test_tensors_that_do_not_fit(tmp_path):
                          (tensors | {"conv_in.bias": np.full(8, np.inf, np.float32)}, ("conv_in.bias", "finite"))):
     write_tensors(file, changed, {})
     refused(lambda: checkpoint.load(tmp_path), *words)
+  hub.save(tmp_path/"classes", random_model(num_classes=2))
+  labels = tmp_path/"classes"/"unet"/WEIGHTS
+  write_tensors(labels, read_tensors(labels)[0] | {"class_embedding.weight": np.array(1, np.float32)}, {})
+  refused(lambda: checkpoint.load(tmp_path/"classes"), "class_embedding.weight", "shape ()")
   file.unlink()
   refused(lambda: checkpoint.load(tmp_path), "holds no")
   (tmp_path/"unet"/"diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")

@@ -10,7 +10,7 @@ import data, sample
 from ddpm import DDPM, column
 from engine.streams import normals, stream
 from engine.terminal import run
-from extras.guidance import guided
+from extras.guidance import all_equally, guided
 from extras.samplers import sde
 from files import checkpoint, pictures
 from sample import SAMPLERS, draw_x_T, timesteps
@@ -125,6 +125,13 @@ def test_noise_is_independent_of_x_T_of_other_steps_and_of_other_images():
   corr = np.corrcoef([a.ravel() for a in draws])
   assert np.abs(corr - np.eye(len(draws))).max() < 5 / math.sqrt(n * 64)
   for a in draws: assert abs(a.mean()) < 5 / math.sqrt(n * 64) and abs(a.std() - 1) < 5 / math.sqrt(2 * n * 64)
+
+def test_all_classes_equally_from_any_image_on():
+  whole = all_equally(40, 3, 5)
+  assert (np.sort(whole[:39].reshape(-1, 3)) == [0, 1, 2]).all() and len({*map(tuple, whole[:39].reshape(-1, 3))}) > 3
+  for first, n in ((0, 1), (1, 5), (7, 30), (39, 1)):
+    assert (all_equally(n, 3, 5, first) == whole[first:first + n]).all()
+  assert sorted(all_equally(3, 3, 5, 3 * 10**12)) == [0, 1, 2]  # none of those before is made
 
 def test_guidance_0_and_1_are_identities():
   calls, t, y = [], at_times(*[5] * 4), at_times(0, 1, 2, 1)
@@ -298,8 +305,10 @@ def test_wrong_for_this_model(command):
   command.meta["classes"] = ["cat", "dog"]
   refused(lambda: command("--class cow"), "--class cow", "cat, dog")
   refused(lambda: command("--class ²"), "--class ²", "cat, dog")
-  for line in ("--out model", "--npz ./model", "--out a.gif --gif ./a.gif", "--out b.npz --npz b.npz"):
+  for line in ("--out model", "--npz ./model", "--out a.gif --gif ./a.gif", "--out b.npz --npz b.npz",
+               "--npz q --png q"):
     refused(lambda line=line: command(line), "model would be written over" if "model" in line else "one name")
+  refused(lambda: sample.check_places(""), "cannot write")
   command("--class dog --n 1 --npz a.npz")
   assert (read("a.npz") > 127).all()
   command.net.config["num_classes"] = 0
