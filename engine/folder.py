@@ -225,6 +225,9 @@ def introduce(c, state:State, found:Any, begun:int, left:float):
   if left > 1e-2:
     print(f"train.py: warning: with T = {c.T} the last x_T still holds {left**.5:.0%} of the image, but sampling "
           "starts from pure noise", file=sys.stderr)
+  if 0 < c.anneal < c.steps:
+    print(f"train.py: warning: the learning rate is 0 after step {c.anneal} (--anneal): the steps from there to "
+          f"{c.steps} change nothing", file=sys.stderr)
   if begun >= c.steps: print(f"{c.out} has {begun} steps already: --steps {c.steps} asks for no more", file=sys.stderr)
   else: print("compiling the step (the first time some 20 s on two cores) ...", file=sys.stderr)
 

@@ -97,9 +97,6 @@ def check(c):
     raise ValueError(f"--out {c.out} is in the dataset's own folder, where its pictures would become training images")
   if not c.channel_mult: raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
   if c.batch % c.accum: raise ValueError(f"--batch {c.batch} is no multiple of --accum {c.accum}")
-  if 0 < c.anneal < c.steps:
-    raise ValueError(f"--anneal {c.anneal}: the learning rate is 0 from step {c.anneal + 1} on, so --steps {c.steps} "
-                     "would change nothing more")
   if c.min_snr and (c.predict, c.loss) != ("eps", "simple"):
     raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps, --loss simple")
   if c.sigma == "learned" and c.loss == "simple":

@@ -66,13 +66,18 @@ def test_random_numbers_of_a_models_own(tmp_path):
   assert np.std([x0.numpy().mean() for *_, x0 in said][1:]) > 10
 
 @pytest.mark.parametrize("wrong,words", [
-  (dict(steps=10, anneal=4), ("--anneal 4", "step 5")), (dict(steps="3"), ("--steps", "whole")),
+  (dict(steps="3"), ("--steps", "whole")),
   (dict(T=10.5), ("--T", "whole")), (dict(lr="fast"), ("--lr", "1e-12")), (dict(attn=16), ("--attn", "whole numbers")),
   (dict(channel_mult=(1, 1.5)), ("--channel-mult", "whole numbers")), (dict(seed=None), ("--seed", "whole")),
   (dict(schedule="foo"), ("--schedule must be one of linear",)), (dict(dtype="float64"), ("--dtype must be one of",))])
 def test_settings_that_cannot_be(tmp_path, wrong, words):
   refused(lambda: fit(tmp_path/"run", **wrong), *words)
   assert not (tmp_path/"run").exists()
+
+def test_steps_that_change_nothing_are_said(tmp_path, capsys):
+  for steps, anneal, said in ((2, 4, 0), (4, 4, 0), (6, 4, 1), (6, 0, 0)):
+    fit(tmp_path/f"{steps} {anneal}", steps=steps, anneal=anneal)
+    assert capsys.readouterr().err.count("rate is 0 after step 4 (--anneal): the steps from there to 6 change") == said
 
 def test_numbers_of_numpy_as_settings(tmp_path):
   out = fit(tmp_path, steps=np.int64(2), lr=np.float32(0.5), T=np.int32(50))
