@@ -24,7 +24,7 @@ def load(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
 
 def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
          size:Any=None, fit:str="crop", mode:str|None=None, multiple:int=1,
-         labels:Any=None, span:Any=None) -> Dataset:
+         labels:Any=None) -> Dataset:
   """A dataset: images (N, C, H, W), uint8 or float32 in [-1, 1], labels, int32 (N,), and more.
 
   source, one of:
@@ -44,7 +44,6 @@ def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
     and others get the shape of `files.dataset.plan`.
   fit: how they get there: "crop" (the central part), "pad" (with black) or "stretch".
   mode: "gray" or "rgb", for files of images.
-  span: the values that become 0 and 255 in images of more than 8 bits; else `brightness` says.
   multiple: what has to divide height and width, for the network's levels; else they are cut.
 
   ValueError for an unknown name, damaged or missing images; OSError for a failed download."""
@@ -65,7 +64,7 @@ def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
   if "\0" in name or not os.path.exists(name):
     raise ValueError(f"unknown dataset {name[:200]!r}: choose {', '.join(DATASETS)}, or a folder "
                      "of images, a .zip, a .npy or an .npz file")
-  return image_files.read(Path(name), split, size, fit, mode, multiple, span)
+  return image_files.read(Path(name), split, size, fit, mode, multiple)
 
 def batch_at(images:np.ndarray, labels:np.ndarray, step:int, batch:int, seed:int,
              flip:bool=False) -> tuple[np.ndarray, np.ndarray]:

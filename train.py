@@ -169,7 +169,6 @@ def fit(config:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) 
   net = UNet(**network(c, found.images.shape, len(classes))) if model is None else model
   objectives.check_data(c, net, found)
   about = description(c, net, found, classes) | {"how": how}
-  if found.span: about["how"] = how | {"span": found.span}
   state, null = State(net, DTYPES[c.dtype]), len(found.classes)
   fixed = folder.settings(c, about.get("unet"), found)
   with folder.claim(out):

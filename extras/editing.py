@@ -119,7 +119,7 @@ def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tup
       cut = how.get("size") is None and [side // multiple * multiple for side in found.shape] == size
       asked_size = None if cut else (size[0], size[1])
       to = plan([found.shape], asked_size, multiple, how.get("fit", "crop"))
-      span, words = brightness([d for d in [found.depth] if d], how.get("span"))
+      span, words = brightness([d for d in [found.depth] if d])
       f.seek(0)
       x, _ = decode(to._replace(gray=C == 1, span=span), f)
   except Exception as e:  # Pillow raises nearly anything on a damaged file

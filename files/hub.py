@@ -220,9 +220,8 @@ def check_images(meta:dict, path:str|os.PathLike):
   def numbers(v) -> bool: return isinstance(v, list) and len(v) == 2 and all(map(finite, v))
   def names(v) -> bool: return isinstance(v, list) and all(isinstance(n, str) for n in v)
   def how(v) -> bool:  # what data.read takes
-    if not isinstance(v, dict) or not v.keys() <= {"size", "fit", "mode", "multiple", "span"}: return False
+    if not isinstance(v, dict) or not v.keys() <= {"size", "fit", "mode", "multiple"}: return False
     size, fit, mode = v.get("size"), ("crop", "pad", "stretch"), (None, "gray", "rgb")
-    if not numbers(span := v.get("span", [0, 1])) or not span[0] < span[1]: return False
     return whole(v.get("multiple", 1)) and v.get("fit", "crop") in fit and v.get("mode") in mode and (
       size is None or whole(size) or isinstance(size, list) and len(size) == 2 and all(map(whole, size)))
   known:dict[str, Callable] = {"limits": lambda v: v is None or numbers(v), "classes": names, "how": how,

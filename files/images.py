@@ -2,7 +2,7 @@
 from __future__ import annotations
 import contextlib, errno, functools, hashlib, io, json, math, os, re, stat, warnings, zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -17,10 +17,9 @@ HELD_OUT = ("test", "val", "valid", "validation", "dev")  # beside train/, the f
 LIMIT = 1 << 28  # bytes: no single file in an archive is unpacked beyond it
 FORM = 2  # of what is kept in the cache
 
-def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:int,
-         span:Sequence[float]|None=None) -> Dataset:
+def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:int) -> Dataset:
   """A folder, a .zip, a .npy or an .npz file: see `data.read`."""
-  kind, options = path.suffix.lower(), (size, fit, mode, multiple, span and tuple(span))
+  kind, options = path.suffix.lower(), (size, fit, mode, multiple)
   images = path.is_dir() or kind == ".zip"
   if not images and kind not in (".npy", ".npz"):
     raise ValueError(f"{path} is no dataset: choose a folder of images, a .zip, a .npy or an .npz file")
@@ -168,15 +167,12 @@ def values(img:Image.Image) -> np.ndarray:
   if not np.isfinite(x).all(): raise ValueError("numbers that are not finite")
   return x
 
-def brightness(depths:list[tuple[float, float, float]],
-               span:Sequence[float]|None=None) -> tuple[tuple[float, float], tuple[str, ...]]:
-  """The values that become black and white, of all images of more than 8 bits, and what is to be said. span: those of
-  another set, which are then taken.
+def brightness(depths:list[tuple[float, float, float]]) -> tuple[tuple[float, float], tuple[str, ...]]:
+  """The values that become black and white, of all images of more than 8 bits, and what is to be said.
 
   White is the greatest possible value, or the greatest that there is if that is below half of it. Of floats the
   greatest possible value is 1 or 255, if none is beyond. Black is 0, or the least value if that is below."""
   if not depths: return (0, 255), ()
-  if span: return (span[0], span[1]), (f"values from {span[0]:g} to {span[1]:g} made 0 to 255, as in the model's set",)
   lo, hi, top = (pick(row) for pick, row in zip((min, max, max), zip(*depths)))
   if math.isinf(top): top = next((t for t in (1, 255) if hi <= t), hi)
   if hi < top / 2: top = hi
@@ -226,8 +222,7 @@ def each(call:Callable, source:Source, items:list[Item], broken:dict[str, list[s
       if isinstance(result := future.result(), str): broken.setdefault(result, []).append(str(item.name))
       else: yield item, result
 
-def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:int, given:Sequence[float]|None,
-               f:BinaryIO) -> dict:
+def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:int, f:BinaryIO) -> dict:
   """Reads a folder or an archive into the array file f: the text behind it, see `keep`."""
   path, (items, classes, said, left) = source.path, arrange(source) if source.names else ([], [], [], [])
   kinds = ", ".join(f"{n} of {kind}" for kind, n in source.others.most_common())
@@ -241,7 +236,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   colours = brightest = 0
   if found:
     to = plan([m.shape for m in of], size, multiple, fit)
-    span, words = brightness(depths := [m.depth for m in of if m.depth], given)
+    span, words = brightness([m.depth for m in of if m.depth])
     to = to._replace(span=span, gray=mode == "gray" or mode is None and all(m.gray for m in of))
     said += [*to.said, *words]
   def rows() -> Iterator[tuple[int, np.ndarray]]:
@@ -256,7 +251,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
                                  f"({'; '.join(broken)})")
   if mode is None and not to.gray and not colours:
     f.truncate(f.seek(0))  # or its room counts as taken
-    return decode_all(source, size, fit, "gray", multiple, given, f)
+    return decode_all(source, size, fit, "gray", multiple, f)
   if mode is None and 0 < (share := colours / (len(kept) * to.height * to.width)) <= 1e-3:
     said.append(f"nearly gray, {share:.2g} of the pixels are coloured: mode gray makes one channel of the three")
   if brightest <= 1: said.append(f"all but black: no pixel is above {brightest} of 255")
@@ -270,4 +265,4 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
     left.append(f"{len(names)} of {len(items)} images cannot be read, {why}: {', '.join(names[:5])}{more}")
   again = {"key": ""} if set(broken) & set(map(os.strerror, errno.errorcode)) else {}  # a disk may answer the next time
   return {"train": train, "labels": [item.label for item in kept], "classes": classes, "crc": crcs, "limits": None,
-          "span": span if depths else None, "said": said, "left": left} | again
+          "said": said, "left": left} | again

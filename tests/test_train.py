@@ -10,8 +10,8 @@ from engine.batches import ahead
 from engine.capture import placed
 from engine.state import State
 from engine.terminal import run as program
-from extras import editing, objectives
-from files import checkpoint, hub, pictures
+from extras import objectives
+from files import checkpoint, pictures
 from files.weights import read_tensors, write_tensors
 from PIL import Image
 from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers, nn
@@ -813,24 +813,6 @@ def test_a_folder_is_trained_on_at_the_size_that_is_said_and_read_as_then(tmp_pa
   meta = about(tmp_path/"run"/"ema.safetensors")
   assert meta["how"] == {"size": [8, 4], "fit": "pad", "mode": None, "multiple": 1} and meta["dataset"] == str(source)
   refused(lambda: train.fit(config(tmp_path/"run", steps=2, image_size=(8, 4)), str(source), model=own), "other images")
-
-def test_values_of_more_than_8_bits_are_read_as_those_of_training(tmp_path):
-  """By the same white, also where the brightest image is darker than the training images."""
-  ramp = lambda top: np.linspace(0, top, 64).astype(np.uint16).reshape(8, 8)
-  for name, *tops in (("train", 4095, 1500), ("dark", 1500)):
-    (tmp_path/name).mkdir()
-    for i, top in enumerate(tops): Image.fromarray(ramp(top)).save(tmp_path/name/f"{i}.png")
-  train.fit(config(tmp_path/"run", steps=1), str(tmp_path/"train"), model=affine())
-  meta = about(tmp_path/"run"/"ema.safetensors")
-  assert meta["how"]["span"] == [0, 4095]
-  hub.check_images(meta, "run")
-  want = np.rint(ramp(1500) / 4095 * 255)
-  found = editing.read_set(str(tmp_path/"dark"), "test", None, (8, 8), meta)
-  assert (found.images[0, 0] == want).all()
-  assert "values from 0 to 4095 made 0 to 255, as in the model's set" in found.about
-  assert (editing.read_set(str(tmp_path/"train"), "test", None, (8, 8), meta).images[1, 0] == want).all()
-  assert (editing.read([str(tmp_path/"dark"/"0.png")], (1, 8, 8), meta["how"])[0, 0] == want).all()
-  assert data.read(tmp_path/"dark").images.max() == 255
 
 @pytest.mark.parametrize("times", ("uniform", "weighted"))
 def test_held_out_loss(tmp_path, monkeypatch, times):
