@@ -47,15 +47,15 @@ HALF = import sys, numpy; from files import checkpoint; net, meta = checkpoint.l
 CHECKPOINT ?= checkpoints/mnist.safetensors
 STEPS ?= 1000
 DRAW = $(PY) sample.py --checkpoint "$(CHECKPOINT)"
-FIGURE = $(PY) figures.py --checkpoint "$(CHECKPOINT)" --steps $(STEPS)
+FIGURE = $(PY) figures.py --checkpoint "$(CHECKPOINT)"
 gallery: setup
 	@mkdir -p assets
 	@$(DRAW) --steps $(STEPS) --n 64 --out assets/samples.png
 	@$(DRAW) --steps $(STEPS) --n 9 --out assets/reverse.png --gif assets/reverse.gif
 	@$(DRAW) --sampler ddim --steps $$(($(STEPS)/10)) --classes --guidance 2 --out assets/classes.png
 	@$(FIGURE) 5 --out assets/rate-distortion.png
-	@$(FIGURE) 6 --n 6 --out assets/progressive.png
-	@$(FIGURE) 8 --n 4 --out assets/interpolation.png
+	@$(FIGURE) 6 --steps $(STEPS) --n 6 --out assets/progressive.png
+	@$(FIGURE) 8 --steps $(STEPS) --n 4 --out assets/interpolation.png
 	@$(PY) -c 'import data; from files import pictures as p; x = data.read("mnist", "test").images; m = x[0] * 0; m[:, 14:] = 255; \
 	  [p.save_png(f"runs/gallery/{name}.png", p.picture(v)) for name, v in (("7", x[0]), ("2", x[1]), ("mask", m))]'
 	@$(DRAW) --steps $$(($(STEPS)/4)) --inpaint runs/gallery/7.png --mask runs/gallery/mask.png --n 9 --out assets/inpaint.png

@@ -188,7 +188,7 @@ def main(argv:list[str]|None=None):
   if max(a.samples_t, a.ode or 0) > ddpm.T: raise ValueError(f"this model has but {ddpm.T} times")
   name, found = open_images(a, a.split, path, net, meta)
   quality.say(name, found, a.split)
-  if found.limits: raise ValueError(f"{name} has no levels from 0 to 255, as Eq. 13 needs")
+  if found.limits: raise ValueError(f"{name} is not made of the 256 levels that Eq. 13 needs")
   if (a.n or 0) > len(found.images): raise ValueError(f"--n {a.n}: {name} has {len(found.images)}")
   index = choose(len(found.images), a.n or 256, a.seed, "evaluated images")
   images, D, c = found.images[index], found.images[0].size, net.config

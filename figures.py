@@ -139,7 +139,7 @@ def main(argv:list[str]|None=None):
             dataset="5 8 table2 table4", data_dir="5 8 table2 table4")
   for flag, which in of.items():
     if vars(a)[flag] and a.which not in which.split():
-      raise ValueError(f"--{flag.replace('_', '-')} is for figures.py {which}")
+      raise ValueError(f"--{flag.replace('_', '-')} is for figures.py {which.replace(' ', ', ')}")
   if a.images and (a.n or a.dataset): raise ValueError("--images: leave out --n and --dataset")
   places = [a.out] + [str(Path(a.out).with_suffix(".csv"))] * (a.which == "5")
   editing.keep(a.images or (), *places)

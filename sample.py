@@ -179,7 +179,7 @@ def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> n
   numbers = [] if any(map(str.isdecimal, names)) else [*map(str, range(classes))]
   for known in (names, numbers):
     if a.label in known: return np.full(a.n or 16, known.index(a.label), np.int32)
-  raise ValueError(f"--class {a.label}: {path} has {', '.join(names) or f'0 to {classes - 1}'}")
+  raise ValueError(f"--class {a.label}: {path} knows {', '.join(names) or f'0 to {classes - 1}'}")
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)

@@ -28,7 +28,7 @@ def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
   def call(*tensors:Tensor):
     if jit.captured is not None: return jit(*tensors)
     with scope():
-      started(Device.DEFAULT)
+      for device in {Device.DEFAULT, *(t.device for t in tensors if isinstance(t.device, str))}: started(device)
       try: return runs[0](*tensors)
       except JitError: runs[0] = step
       return step(*tensors)

@@ -21,16 +21,16 @@ def place(out:str|os.PathLike, dataset:str|None) -> str:
 def claim(folder:Path) -> Iterator[None]:
   """Makes the folder, and keeps every other program that claims it out until this one ends, however it ends.
 
-  OSError if the folder cannot be written or another has it; ValueError if it holds a run's files and is none. Where the
-  file system knows no locks, none is kept out. Of several processes the first does it for all, as everything that is
-  written to a run's folder."""
+  OSError if the folder cannot be written or another has it; ValueError if it holds files of a run's names but is not a
+  run's folder. Where the file system knows no locks, none is kept out. Of several processes the first does it for all,
+  as everything that is written to a run's folder."""
   if hosts.rank():
     yield
     return
   try:
-    if not any((folder/name).exists() for name in (".lock", "last.safetensors", "ema.safetensors")):
-      for name in ("log.jsonl", "loss.png", "samples"):
-        if (folder/name).exists(): raise ValueError(f"{folder} has a {name} and is no run's folder: name another --out")
+    if not any(folder.glob("ema*.safetensors")) and not any((folder/k).exists() for k in (".lock", "last.safetensors")):
+      for k in ("log.jsonl", "loss.png", "samples", "samples.png"):
+        if (folder/k).exists(): raise ValueError(f"{folder} holds {k} but is not a run's folder: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder/".lock", "wb")  # noqa: SIM115
   except OSError as e: raise OSError(f"cannot write {folder}: {e.strerror or e}") from e
@@ -86,7 +86,8 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
   if isinstance(before["network"], dict) and isinstance(defaults["network"], dict):
     before["network"] = defaults["network"] | {k: v for k, v in before["network"].items() if k in defaults["network"]}
   for k, v in fixed.items():
-    if (was := before.get(k)) == v or k == "labels" and was is None: continue
+    was = before.get(k)
+    if was == v or k == "labels" and was is None or was == str(v): continue  # numpy's numbers were written as words
     if k not in may_change:
       hint = "--change to go on with another, " if k in CHANGEABLE else ""
       if k == "network" and was and v: was, v = ({n: d.get(n) for n in v if was.get(n) != v[n]} for d in (was, v))
@@ -110,7 +111,7 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
   cut(last.parent/"log.jsonl", meta["step"], note)
   return meta["step"], meta["smooth"]
 
-SHOWN = {"data": "images, or images fitted in another way", "labels": "labels"}
+SHOWN = {"data": "images, or images read in another way", "labels": "labels"}
 
 def settings(c, network:dict|None, found:Any) -> dict:
   """All that fixes the numbers of a run, from train.py's `Config`, the arguments of a UNet and the `data.Dataset`."""
@@ -118,7 +119,7 @@ def settings(c, network:dict|None, found:Any) -> dict:
   more = {"network": network, "images": found.images.shape, "data": int(found.digest[:8], 16),
           "processes": hosts.size()}  # which fix the order of the sums
   if c.class_conditional: more["labels"] = found.digest[8:]  # of the labels and the names of the classes
-  return json.loads(json.dumps(fixed | more, default=lambda v: v.item() if hasattr(v, "item") else str(v)))
+  return json.loads(json.dumps(fixed | more, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
 
 # settings that fix no number, or only by way of the network and the images
 FREE = {"dataset", "data_dir", "image_size", "fit", "mode", "out", "restart", "change", "steps", "save_every",
@@ -227,7 +228,7 @@ def introduce(c, state:State, found:Any, begun:int, left:float):
           "starts from pure noise", file=sys.stderr)
   if 0 < c.anneal < c.steps:
     print(f"train.py: warning: the learning rate is 0 after step {c.anneal} (--anneal): the steps from there to "
-          f"{c.steps} change nothing", file=sys.stderr)
+          f"{c.steps} change the average of the weights alone", file=sys.stderr)
   if begun >= c.steps: print(f"{c.out} has {begun} steps already: --steps {c.steps} asks for no more", file=sys.stderr)
   else: print("compiling the step (the first time some 20 s on two cores) ...", file=sys.stderr)
 

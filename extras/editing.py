@@ -125,7 +125,7 @@ def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tup
   except Exception as e:  # Pillow raises nearly anything on a damaged file
     raise ValueError(f"{path} cannot be read as an image: {reason(e)}") from e
   said = [text.removeprefix("1 of 1 images ") for text in (*to.said, *words)]
-  if found.clear: said.append("transparency as on white")
+  if found.clear: said.append("with transparency, put on white")
   if C == 1 and not found.gray: said.append("made gray")
   if C == 3 and found.gray: said.append("gray in three equal channels")
   if said: print(f"{path}: {', '.join(said)}", file=sys.stderr)

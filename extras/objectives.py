@@ -84,7 +84,8 @@ def check(c):
     kind, known, what = type(f.default), True, ""
     if choices: known, what = isinstance(v, str) and v in choices or v is f.default, f"one of {', '.join(choices)}"
     elif kind is tuple:
-      known, what = isinstance(v, list | tuple) and all(isinstance(i, Integral) for i in v), "whole numbers, as (16, 8)"
+      known = isinstance(v, list | tuple | range | np.ndarray) and all(isinstance(i, Integral) for i in v)
+      what = f"whole numbers, as {f.default}"
     elif kind in (int, float):
       known, what = isinstance(v, Integral if kind is int else Real) and low <= v <= high, f"from {low:g} to {high:g}"
       if kind is int: what = f"whole, {what}"

@@ -253,7 +253,7 @@ def surveyed(x:np.ndarray, labels:Any, size:Size|None, fit:str, multiple:int) ->
   given, classes = numbered(labels, len(x))
   if limits: said.append(f"{x.dtype} from {limits[0]:g} to {limits[1]:g} scaled to [-1, 1]")
   elif x.dtype not in (np.uint8, bool): said.append(f"{x.dtype} read as levels from 0 to 255")
-  elif x.dtype == np.uint8 and all(part.max() <= 1 for part in parts(x)):
+  elif x.dtype == np.uint8 and all(part.max() <= 1 for part in parts(x)) and x.any():
     x = x.view(bool)
     said.append("0 and 1 read as black and white")
   return x, limits, to, given, classes, [*said, *to.said]

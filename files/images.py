@@ -133,7 +133,7 @@ class Measured(NamedTuple):
   frames:int
   reduced:bool  # read at an eighth of its size
   deep:bool  # 16 bits in each of several channels: Pillow gives the upper 8
-  clear:bool  # knows transparency
+  clear:bool  # has an alpha channel or a transparent colour
 
 def open_image(f:IO[bytes]) -> tuple[Image.Image, bool]:
   """A Pillow image, and whether it is so large that it is read at an eighth of its size, as JPEG alone can be."""
@@ -160,7 +160,7 @@ def measure(f:IO[bytes]) -> Measured:
     depth = float(x.min()), float(x.max()), top
   if img.format == "MPO": frames = 1  # a camera's: the others are previews
   return Measured((h, w), bool(depth) or img.mode in ("1", "L", "LA"), depth, frames, reduced, deep and not depth,
-                  img.has_transparency_data)
+                  not depth and img.has_transparency_data)
 
 def values(img:Image.Image) -> np.ndarray:
   x = np.asarray(img, np.float64)
@@ -256,7 +256,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
     said.append(f"nearly gray, {share:.2g} of the pixels are coloured: mode gray makes one channel of the three")
   if brightest <= 1: said.append(f"all but black: no pixel is above {brightest} of 255")
   if n := sum(m.deep for m in of): said.append(f"of {n} images of several channels of 16 bits, the upper 8 are read")
-  if n := sum(m.clear for m in of): said.append(f"transparency of {n} images as on white")
+  if n := sum(m.clear for m in of): said.append(f"{n} images with transparency put on white")
   if n := sum(m.reduced for m in of): said.append(f"{n} images above {Image.MAX_IMAGE_PIXELS} pixels read at an eighth")
   if n := sum(m.frames > 1 for m in of):
     left.append(f"{sum(m.frames - 1 for m in of)} further pages or frames in {n} of the files left out")

@@ -421,7 +421,7 @@ def test_floats_have_no_decoder(program, monkeypatch):
   floats = rng().random((4, 1, 8, 8))
   read = data.read
   monkeypatch.setattr(data, "read", lambda *a, **how: read(*a)._replace(images=floats, limits=(0.0, 1.0)))
-  refused(program, "mnist", "levels from 0 to 255", "Eq. 13")
+  refused(program, "mnist", "256 levels", "Eq. 13")
 
 def test_no_traceback(tmp_path):
   command = [sys.executable, ROOT/"evaluate.py", "--checkpoint", "none.safetensors"]

@@ -3,12 +3,13 @@ import dataclasses, threading
 import numpy as np
 import pytest
 from common import ROOT, TINY, arr, close, f32, refused, rng
+from engine.capture import captured
 from engine.state import State
 from files import checkpoint
 from files.weights import read_tensors
 from test_train import IMAGES, LABELS, Affine, about, affine, cache, config  # noqa: F401
 from test_train import contents, fit, losses, saved_step
-from tinygrad import Tensor, nn
+from tinygrad import Device, Tensor, nn
 from tinygrad.helpers import TRAINING
 import data, evaluate, sample, train
 from ddpm import DDPM
@@ -54,6 +55,12 @@ class Noisy:
   """It answers a random number of its own, 0 to 100, the same for all pixels."""
   def __init__(self): self.w = f32(np.ones(1))
   def __call__(self, x, t): return x * 0 + self.w * 100 * Tensor.rand(1)
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="names another CPU device")
+def test_random_numbers_of_another_device():
+  Tensor.manual_seed(3)
+  step, x = captured(lambda x: (x + Tensor.rand(1, device="CPU:1")).realize()), f32(np.zeros(1)).to("CPU:1").realize()
+  assert len({step(x).item() for _ in range(5)}) == 5
 
 def test_random_numbers_of_a_models_own(tmp_path):
   """They differ from call to call, also if nothing has drawn any before: as in a new process, the generator is new."""

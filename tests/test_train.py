@@ -515,15 +515,17 @@ def test_how_the_path_is_spelled_does_not_matter(tmp_path, images, end):
   assert about(tmp_path/"run"/"ema.safetensors")["dataset"] == os.path.relpath(tmp_path/"train")
   assert not any("held_out" in e for e in log(tmp_path/"run"))  # there are no images apart from these
 
-@pytest.mark.parametrize("name", ("log.jsonl", "loss.png", "samples"))
+@pytest.mark.parametrize("name", ("log.jsonl", "loss.png", "samples", "samples.png"))
 def test_a_folder_of_other_things_is_not_touched(tmp_path, name):
   (tmp_path/name).write_text('{"step": 1, "loss": 0.9}\n')
   for restart in (False, True):
-    refused(lambda restart=restart: fit(tmp_path, restart=restart), tmp_path, "no run's folder", name)
+    refused(lambda restart=restart: fit(tmp_path, restart=restart), tmp_path, "not a run's folder", name)
   assert [f.name for f in tmp_path.iterdir()] == [name] and "0.9" in (tmp_path/name).read_text()
   (tmp_path/name).rename(tmp_path/"other")
-  fit(tmp_path, steps=1)
-  assert (tmp_path/"other").exists() and saved_step(tmp_path) == 1
+  fit(tmp_path, steps=2, save_every=1, keep_every=1)
+  assert (tmp_path/"other").exists() and saved_step(tmp_path) == 2
+  for file in (".lock", "last.safetensors", "ema.safetensors"): (tmp_path/file).unlink()  # a run's without its state
+  fit(tmp_path, steps=1, restart=True)
 
 def test_what_another_run_had_is_said(tmp_path):
   run(tmp_path, "glyphs", "--steps", 1)
