@@ -6,7 +6,7 @@ from common import ROOT, TINY, arr, close, f32, refused, rng
 from engine.capture import captured
 from engine.state import State
 from files import checkpoint
-from files.weights import read_tensors
+from files.weights import read_tensors, write_tensors
 from test_train import IMAGES, LABELS, Affine, about, affine, cache, config  # noqa: F401
 from test_train import contents, fit, losses, saved_step
 from tinygrad import Device, Tensor, nn
@@ -89,6 +89,11 @@ def test_steps_that_change_nothing_are_said(tmp_path, capsys):
 def test_numbers_of_numpy_as_settings(tmp_path):
   out = fit(tmp_path, steps=np.int64(2), lr=np.float32(0.5), T=np.int32(50))
   assert fit(tmp_path, steps=3, lr=0.5) == out and len(losses(out)) == 3
+  tensors, meta = read_tensors(out/"last.safetensors")[0], about(out/"last.safetensors")
+  write_tensors(out/"last.safetensors", tensors, meta | {"train": meta["train"] | {"T": "50"}})  # as it once was written
+  fit(tmp_path, steps=4, lr=0.5)
+  assert saved_step(out) == 4
+  refused(lambda: fit(tmp_path, steps=5, lr=0.5, T=51), "T = 50, not 51")
 
 def test_its_run_goes_on(tmp_path):
   """In one piece or in two: the same numbers. The second model begins with other weights, which do not matter."""
