@@ -90,7 +90,7 @@ def test_numbers_of_numpy_as_settings(tmp_path):
   out = fit(tmp_path, steps=np.int64(2), lr=np.float32(0.5), T=np.int32(50))
   assert fit(tmp_path, steps=3, lr=0.5) == out and len(losses(out)) == 3
   tensors, meta = read_tensors(out/"last.safetensors")[0], about(out/"last.safetensors")
-  write_tensors(out/"last.safetensors", tensors, meta | {"train": meta["train"] | {"T": "50"}})  # as it once was written
+  write_tensors(out/"last.safetensors", tensors, meta | {"train": meta["train"] | {"T": "50"}})  # as before
   fit(tmp_path, steps=4, lr=0.5)
   assert saved_step(out) == 4
   refused(lambda: fit(tmp_path, steps=5, lr=0.5, T=51), "T = 50, not 51")
