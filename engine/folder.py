@@ -91,7 +91,7 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
     if k not in may_change:
       hint = "--change to go on with another, " if k in CHANGEABLE else ""
       if k == "network" and was and v: was, v = ({n: d.get(n) for n in v if was.get(n) != v[n]} for d in (was, v))
-      how = f"{k} = {was}, not {v}" if k not in ("data", "labels") else f"other {SHOWN[k]}"
+      how = f"other {SUMS[k]}" if k in SUMS else f"{k} = {was}, not {v}"
       raise ValueError(f"{last.parent} was trained with {how}: use the same, {hint}another --out, or --restart to "
                        "begin anew")
     changed.append(f"{k} from {was} to {v}" + ", sums in another order" * (k == "processes"))
@@ -111,7 +111,7 @@ def resume(last:Path, state:State, fixed:dict, defaults:dict, may_change:tuple[s
   cut(last.parent/"log.jsonl", meta["step"], note)
   return meta["step"], meta["smooth"]
 
-SHOWN = {"data": "images, or images read in another way", "labels": "labels"}
+SUMS = {"data": "images, or images read in another way", "labels": "labels"}  # of which checksums are kept
 
 def settings(c, network:dict|None, found:Any) -> dict:
   """All that fixes the numbers of a run, from train.py's `Config`, the arguments of a UNet and the `data.Dataset`."""

@@ -73,8 +73,8 @@ def test_random_numbers_of_a_models_own(tmp_path):
   assert np.std([x0.numpy().mean() for *_, x0 in said][1:]) > 10
 
 @pytest.mark.parametrize("wrong,words", [
-  (dict(steps="3"), ("--steps", "whole")),
-  (dict(T=10.5), ("--T", "whole")), (dict(lr="fast"), ("--lr", "1e-12")), (dict(attn=16), ("--attn", "whole numbers")),
+  (dict(steps="3"), ("--steps", "whole")), (dict(T=10.5), ("--T", "whole")), (dict(lr="fast"), ("--lr", "1e-12")),
+  (dict(attn=16), ("--attn", "whole numbers")),
   (dict(channel_mult=(1, 1.5)), ("--channel-mult", "whole numbers")), (dict(seed=None), ("--seed", "whole")),
   (dict(schedule="foo"), ("--schedule must be one of linear",)), (dict(dtype="float64"), ("--dtype must be one of",))])
 def test_settings_that_cannot_be(tmp_path, wrong, words):
