@@ -7,8 +7,8 @@ import functools, math
 import numpy as np
 from tinygrad import Context, Tensor, dtypes, nn
 from tinygrad.dtype import DType
-try: from fast import quick
-except ImportError: quick = lambda operation: operation
+try: from fast import quick, realize
+except ImportError: quick, realize = lambda f: f, lambda weights: Tensor.realize(*weights)
 Rng = np.random.Generator
 class UNet:
   """ε_θ(x_t, t), Appendix B: x_t (B,C,H,W), t (B,) int32 in 1..T -> as x_t. Defaults: CIFAR-10's.
@@ -57,7 +57,7 @@ class UNet:
         if size >> i in attn_resolutions: self.up[-1].append(attend(c))
       if i > 0: self.up[-1].append(Upsample(rng, c, c))
     self.norm_out, self.conv_out = norm(c), Conv(rng, c, out_channels or in_channels, scale=1e-10)
-    Tensor.realize(*nn.state.get_parameters(self))
+    realize(nn.state.get_parameters(self))
 
   def embed(self, t:Tensor, y:Tensor|None=None) -> Tensor:
     """Sines and cosines of (t−1) · frequency (the authors count from 0), through two layers."""

@@ -8,10 +8,11 @@ from tinygrad import Device, Tensor, TinyJit
 from tinygrad.device import Allocator, Buffer
 from tinygrad.engine.jit import JitError
 from tinygrad.uop.ops import UOp
-try: from fast import prepare, scope
+try: from fast import copied, prepare, scope
 except ImportError:
   scope = contextlib.nullcontext  # type: ignore[assignment]
   def prepare(device:str): pass
+  def copied(v:Tensor, device:str) -> Tensor: return v.clone(device).realize()
 
 def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
   """step(*tensors) -> tensors, as one TinyJit that its first call captures. Each later call writes its outputs over
@@ -46,15 +47,6 @@ def placed(array:np.ndarray, device:str) -> Tensor:
   """The array on the device. `Tensor(array).realize()` plans a copy and looks through all tensors that there are, which
   takes milliseconds where a step may take ten."""
   return copied(Tensor(np.ascontiguousarray(array), device="NPY"), device)
-
-def copied(v:Tensor, device:str) -> Tensor:
-  """A copy on the device; of a tensor that is one whole buffer, at once."""
-  source = v.uop.base.realized if v.uop.has_buffer_identity() else None
-  if not isinstance(source, Buffer): return v.clone(device).realize()
-  made = Buffer(device, source.size, source.dtype).allocate().copy_from(source)
-  # CUDA and OpenCL keep the host's side of each copy until it is waited for
-  if len(getattr(Device[device], "pending_copyin", ())) > 16: Device[device].synchronize()
-  return Tensor(UOp.from_buffer(made, device)).reshape(v.shape)
 
 def inside(flat:Tensor, start:int, shape:tuple[int, ...]) -> Tensor:
   """The part of a flat tensor that begins at `start`, as a buffer of its own within flat's buffer.

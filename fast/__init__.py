@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib, functools, os, threading
 from collections.abc import Callable, Iterator
 from tinygrad import Device, Tensor, dtypes
+from tinygrad.device import Buffer
+from tinygrad.uop.ops import Ops, UOp
 
 def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
 
@@ -28,6 +30,22 @@ def changes(device:str, plainly:bool) -> list[tuple]:
   from fast import compiler, cores, gpu, quickstart
   if device.startswith("CPU"): found += compiler.changes() + cores.changes()
   return found + gpu.changes() + quickstart.changes()
+
+def copied(v:Tensor, device:str) -> Tensor:
+  """A copy on the device; of a tensor that is one whole buffer, at once."""
+  source = v.uop.base.realized if v.uop.has_buffer_identity() else None
+  if not isinstance(source, Buffer): return v.clone(device).realize()
+  made = Buffer(device, source.size, source.dtype).allocate().copy_from(source)
+  # CUDA and OpenCL keep the host's side of each copy until it is waited for
+  if len(getattr(Device[device], "pending_copyin", ())) > 16: Device[device].synchronize()
+  return Tensor(UOp.from_buffer(made, device)).reshape(v.shape)
+
+def realize(weights:list[Tensor]):
+  """Copies `Tensor(array)`s to their device. tinygrad's own `realize` plans these copies first, which takes most of the
+  time in which a network is made: 0.3 of 0.4 s for the mnist preset's."""
+  if plain() or any(w.uop.op is not Ops.COPY for w in weights): Tensor.realize(*weights)
+  else:
+    for w in weights: w.replace(copied(Tensor(w.uop.src[0]), str(w.device)))
 
 entered, lock = False, threading.RLock()
 

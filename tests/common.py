@@ -3,16 +3,18 @@ import os
 from pathlib import Path
 import numpy as np
 import pytest
-from tinygrad import Device, nn
+from tinygrad import Device, helpers, nn
 import unet
 from engine.capture import placed
 from engine.device import find_compiler
 
 find_compiler()  # as a program does when it opens its device
+# outside of captured steps, which have this of themselves: loops as they are written compile in less time
+if Device.DEFAULT == "CPU": helpers.NOOPT.value = 1
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent/"shared"/"golden"))
 DATA = Path(os.environ.get("DATA_DIR", ROOT.parent/"shared"/"data"))
-TINY = dict(in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0,
+TINY = dict(in_channels=1, channels=8, channel_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0,
             image_size=8, norm_groups=4)
 close = np.testing.assert_allclose
 

@@ -2,7 +2,7 @@
 import contextlib, ctypes, os, shutil, signal, sqlite3, subprocess, sys, threading, time
 import numpy as np
 import pytest
-import engine.capture, engine.device, tinygrad.device, tinygrad.schedule
+import engine.capture, engine.device, fast, tinygrad.device, tinygrad.schedule
 import unet
 from common import ROOT, arr, close
 from engine.capture import captured
@@ -29,7 +29,7 @@ def python(program, cwd=ROOT, **env):
 def test_without_the_folder_everything_still_works(tmp_path):
   left_out = shutil.ignore_patterns(".*", "fast", "runs", "assets", "checkpoints", "__pycache__")
   shutil.copytree(ROOT, tmp_path/"copy", ignore=left_out)
-  small = "--dataset glyphs --channels 4 --channel-mult 1 --attn 4 --norm-groups 2 --T 20".split()
+  small = "--dataset glyphs --channels 4 --channel-mult 1 --attn 4 --num-res-blocks 1 --norm-groups 2 --T 20".split()
   def program(name, *flags):
     r = subprocess.run([sys.executable, name, *flags], cwd=tmp_path/"copy", env=os.environ | {"NOOPT": "1"},
                        capture_output=True, text=True)  # kernels as they are written compile in less time
@@ -369,11 +369,23 @@ def test_copies_are_waited_for_before_they_fill_the_hosts_memory(monkeypatch):
     pending_copyin = []
     def synchronize(self): waited.append(len(self.pending_copyin)) or self.pending_copyin.clear()
   card, waited = Card(), []
-  monkeypatch.setattr(engine.capture, "Device", {Device.DEFAULT: card})
+  monkeypatch.setattr(fast, "Device", {Device.DEFAULT: card})
   for _ in range(40):
     card.pending_copyin.append(0)
     engine.capture.placed(arr(3), Device.DEFAULT)
   assert len(waited) == 2 and max(waited) == 17
+
+@pytest.mark.parametrize("plain", "01")
+def test_the_weights_of_a_new_network_are_copied(monkeypatch, plain):
+  """Arrays on the host, and one that is computed: whatever they are, each has a buffer of its own then."""
+  monkeypatch.setenv("PLAIN", plain)
+  arrays = [arr(3, 4), np.zeros(5, np.float32), arr(1)]
+  for more in ([], [Tensor(arr(2)) * 2]):
+    fast.realize(weights := [*map(Tensor, arrays), *more])
+    for w, want in zip(weights, [*arrays, arr(2) * 2]):
+      assert w.device == Device.DEFAULT and w.uop.has_buffer_identity() and w.uop.base.is_realized
+      assert np.array_equal(w.numpy(), want)
+    assert len({w.uop.base.buffer for w in weights}) == len(weights)
 
 @pytest.mark.parametrize("error,says", [
   (StopIteration(), "does not know this card"), (ValueError("a\nb"), "(a)"), (KeyError(), "KeyError"),

@@ -8,10 +8,13 @@ import sample
 from engine.folder import claim
 from files import checkpoint, parts, pictures
 
+SMALL = dict(channel_mult=(1,), attn_resolutions=())
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   path = tmp_path_factory.mktemp("model")/"a.safetensors"
-  checkpoint.save(path, random_model(num_classes=3), {"ddpm": {"T": 4, "beta_T": 0.5}, "classes": ["x", "y", "z"]})
+  checkpoint.save(path, random_model(num_classes=3, **SMALL),
+                  {"ddpm": {"T": 4, "beta_T": 0.5}, "classes": ["x", "y", "z"]})
   return path
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_what_is_finished_is_not_drawn_again(draw, tmp_path, monkeypatch, error)
 
 @pytest.mark.slow
 def test_another_command_does_not_take_them_over(draw, tmp_path, monkeypatch, model):
-  checkpoint.save(tmp_path/"other.safetensors", random_model(num_classes=3, norm_eps=1e-5),
+  checkpoint.save(tmp_path/"other.safetensors", random_model(num_classes=3, norm_eps=1e-5, **SMALL),
                   {"ddpm": {"T": 4, "beta_T": 0.5}, "classes": ["x", "y", "z"]})
   whole = draw("whole")
   go_on = stop_after(monkeypatch, 2, KeyboardInterrupt())
