@@ -14,7 +14,7 @@ if Device.DEFAULT == "CPU": helpers.NOOPT.value = 1
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent/"shared"/"golden"))
 DATA = Path(os.environ.get("DATA_DIR", ROOT.parent/"shared"/"data"))
-TINY = dict(in_channels=1, channels=8, channel_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0,
+TINY = dict(in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0,
             image_size=8, norm_groups=4)
 close = np.testing.assert_allclose
 

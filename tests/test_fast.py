@@ -29,7 +29,7 @@ def python(program, cwd=ROOT, **env):
 def test_without_the_folder_everything_still_works(tmp_path):
   left_out = shutil.ignore_patterns(".*", "fast", "runs", "assets", "checkpoints", "__pycache__")
   shutil.copytree(ROOT, tmp_path/"copy", ignore=left_out)
-  small = "--dataset glyphs --channels 4 --channel-mult 1 --attn 4 --num-res-blocks 1 --norm-groups 2 --T 20".split()
+  small = "--dataset glyphs --channels 4 --channel-mult 1 --attn 4 --norm-groups 2 --T 20".split()
   def program(name, *flags):
     r = subprocess.run([sys.executable, name, *flags], cwd=tmp_path/"copy", env=os.environ | {"NOOPT": "1"},
                        capture_output=True, text=True)  # kernels as they are written compile in less time
@@ -379,9 +379,13 @@ def test_copies_are_waited_for_before_they_fill_the_hosts_memory(monkeypatch):
 def test_the_weights_of_a_new_network_are_copied(monkeypatch, plain):
   """Arrays on the host, and one that is computed: whatever they are, each has a buffer of its own then."""
   monkeypatch.setenv("PLAIN", plain)
-  arrays = [arr(3, 4), np.zeros(5, np.float32), arr(1)]
+  arrays, planned, realized = [arr(3, 4), np.zeros(5, np.float32), arr(1)], [], Tensor.realize
+  monkeypatch.setattr(Tensor, "realize", lambda *weights: planned.append(len(weights)) or realized(*weights))
   for more in ([], [Tensor(arr(2)) * 2]):
-    fast.realize(weights := [*map(Tensor, arrays), *more])
+    weights = [*map(Tensor, arrays), *more]
+    planned.clear()
+    fast.realize(weights)
+    assert planned == [len(weights)] * (plain == "1" or len(more))
     for w, want in zip(weights, [*arrays, arr(2) * 2]):
       assert w.device == Device.DEFAULT and w.uop.has_buffer_identity() and w.uop.base.is_realized
       assert np.array_equal(w.numpy(), want)

@@ -160,7 +160,7 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
   model = random_model(num_classes=3)
   checkpoint.save(tmp_path/"a.safetensors", model, {"ddpm": {"T": 7}, "dataset": "x"})
   again, meta = checkpoint.load(tmp_path/"a.safetensors")
-  assert meta["ddpm"] == {"T": 7} and tuple(again.config["channel_mult"]) == (1, 1)
+  assert meta["ddpm"] == {"T": 7} and tuple(again.config["channel_mult"]) == (1, 2)
   for v, w in zip(nn.state.get_parameters(model), nn.state.get_parameters(again)):
     assert np.array_equal(v.numpy(), w.numpy())
   checkpoint.save(tmp_path/"ema.safetensors", model)

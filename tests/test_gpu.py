@@ -30,20 +30,19 @@ EMULATED = """if True:
   def error(ours, want): return np.abs(num(ours) - want).max() / np.abs(want).max()
   def conv(x, w, lo, hi):
     x, k = np.pad(x, ((0, 0), (lo, hi), (lo, hi), (0, 0))), w.shape[0]
-    H, W = x.shape[1] - k + 1, x.shape[2] - k + 1
-    return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+H, j:j+W], w[i, j]) for i in range(k) for j in range(k)), x
+    H = x.shape[1] - k + 1
+    return sum(np.einsum("bhwc,co->bhwo", x[:, i:i+H, j:j+H], w[i, j]) for i in range(k) for j in range(k)), x
   errors = {}
   O = int(sys.argv[2])
   scope().__enter__()
-  # the rows of the product are images, a row of pixels, both
-  for B, H, W, C, O, k in ((16, 2, 2, 16, O, 3), (1, 4, 16, 16, O, 3), (16, 2, 2, 32, 32, 1)):
-    x, w, g = draw(B, H, W, C), draw(k, k, C, O), draw(B, H, W, O)
+  for B, S, C, O, k in ((16, 2, 16, O, 3), (1, 16, 16, O, 3), (16, 2, 32, 64, 1)):  # M: images, a row of pixels, both
+    x, w, g = draw(B, S, S, C), draw(k, k, C, O), draw(B, S, S, O)
     y = gpu.convolve(x, w)
     dx, dw = (y * g).sum().gradient(x, w)
     want, padded = conv(num(x), num(w), k//2, k//2)
-    errors[f"conv {B} {W} {k}"] = error(y, want)
-    errors[f"dx {B} {W} {k}"] = error(dx, conv(num(g), num(w)[::-1, ::-1].transpose(0, 1, 3, 2), k//2, k//2)[0])
-    errors[f"dw {B} {W} {k}"] = error(dw, np.stack([[np.einsum("bhwc,bhwo->co", padded[:, i:i+H, j:j+W], num(g))
+    errors[f"conv {B} {S} {k}"] = error(y, want)
+    errors[f"dx {B} {S} {k}"] = error(dx, conv(num(g), num(w)[::-1, ::-1].transpose(0, 1, 3, 2), k//2, k//2)[0])
+    errors[f"dw {B} {S} {k}"] = error(dw, np.stack([[np.einsum("bhwc,bhwo->co", padded[:, i:i+S, j:j+S], num(g))
                                                      for j in range(k)] for i in range(k)]))
   q, k, v, g = [draw(1, 16, 16) for _ in range(4)]
   out = gpu.attention(q, k, v)
@@ -137,8 +136,7 @@ def test_each_kernel_of_a_step_reads_all_its_buffers_and_ours_have_names_of_thei
     for name in ("linear", "convolve", "group_norm", "attention"): monkeypatch.setattr(unet, name, getattr(gpu, name))
     monkeypatch.setattr(unet.GroupNorm, "silu", lambda g, x: gpu.group_norm(x, g.weight, g.bias, 4, silu=True))
     monkeypatch.setattr(unet.GroupNorm, "__call__", lambda g, x: gpu.group_norm(x, g.weight, g.bias, 4))
-  model = random_model(num_classes=2, dropout=0.1, image_size=(8, 4))
-  model = unet.lower(model, unet.DTYPES[dtype])
+  model = unet.lower(random_model(num_classes=2, dropout=0.1, image_size=(8, 4)), unet.DTYPES[dtype])
   x, t, y, seed = [Tensor(a).realize() for a in (arr(2, 1, 8, 4), np.array([3, 800], np.int32),
                                                  np.array([2, 0], np.int32), np.array([1, 2], np.uint32))]
   params = nn.state.get_parameters(model)

@@ -33,7 +33,8 @@ def known(case):
   if not (GOLDEN/case).exists(): pytest.skip("the known answers are not on this machine")
   return checkpoint.load(GOLDEN/case)
 
-@pytest.mark.parametrize("case,plain", [*((case, 0) for case in CASES), ("diffusers_defaults", 1)])
+@pytest.mark.parametrize("plain", [1, 0])
+@pytest.mark.parametrize("case", CASES)
 def test_known_answers_of_diffusers(case, plain, monkeypatch):
   monkeypatch.setenv("PLAIN", str(plain))
   model, _ = known(case)
