@@ -3,8 +3,8 @@
 Nothing in this folder changes a number beyond rounding. It works inside of `scope`, in which captured steps are made:
 outside of it unet.py runs its own operations, and other networks in the same program find tinygrad as it was. (What
 stays, as opencl.py and threads.py say, changes nothing for them.) PLAIN=1 leaves all of it out but the processes of
-workers.py, and everything works without this folder. It knows tinygrad alone. Each change to tinygrad's own behaviour
-is here, with what it gains and what in tinygrad would make it unnecessary.
+workers.py and how compiler.py keeps bfloat16, and everything works without this folder. It knows tinygrad alone. Each
+change to tinygrad's own behaviour is here, with what it gains and what in tinygrad would make it unnecessary.
 """
 from __future__ import annotations
 import contextlib, functools, os, threading
@@ -24,10 +24,10 @@ def prepare(device:str):
 @functools.cache
 def changes(device:str, plainly:bool) -> list[tuple]:
   """(object, name of its attribute, value) of each change that makes the device quick."""
-  from fast import workers
-  found = workers.changes()
+  from fast import compiler, workers
+  found = workers.changes() + compiler.always()
   if plainly: return found
-  from fast import compiler, cores, gpu, quickstart
+  from fast import cores, gpu, quickstart
   if device.startswith("CPU"): found += compiler.changes() + cores.changes()
   return found + gpu.changes() + quickstart.changes()
 

@@ -1,9 +1,11 @@
 """The renderer of tinygrad's CPU device: how wide its vectors are, and what keeps clang from using them."""
 from __future__ import annotations
 import functools, os, pathlib, subprocess
+import numpy as np
 from fast.clang import Clang
-from tinygrad import Device, helpers
+from tinygrad import Device, dtypes, helpers
 from tinygrad.device import Compiled
+from tinygrad.dtype import float_to_bf16
 from tinygrad.helpers import Context, Target
 from tinygrad.renderer import Renderer, cstyle
 from tinygrad.runtime import ops_cpu
@@ -32,6 +34,19 @@ def render_tile_loop(ctx:ClangRenderer, x:UOp) -> str|None:
   way = f"vectorize_width({size}) interleave_count(1) unroll(disable)" if one else "unroll(full)"
   return f"#pragma clang loop {way}\n{cstyle.ClangRenderer.string_rewrite.rewrite(x, ctx)}"
 
+def render_bits(c:UOp) -> str:
+  """A constant of bfloat16: the upper half of float32's bits."""
+  return f"{np.float32(float_to_bf16(c.val)).view(np.uint32) >> 16}u"
+
+# bfloat16, which tinygrad converts by hand, is kept as its bits. Of clang's own type, where the processor has no
+# instructions for it, some loads and stores call a function of libgcc that is there from GCC 13 on.
+TYPES = cstyle.ClangRenderer.type_map | {dtypes.bfloat16: "unsigned short"}
+RULES = PatternMatcher([(UPat.cvar("c").cast(dtypes.bfloat16), render_bits)]) + cstyle.ClangRenderer.string_rewrite
+
+def always() -> list[tuple]:
+  """What `scope` changes with PLAIN=1 as well: tinygrad's own renderer keeps bfloat16 as its bits."""
+  return [(cstyle.ClangRenderer, "type_map", TYPES), (cstyle.ClangRenderer, "string_rewrite", RULES)]
+
 class ClangRenderer(cstyle.ClangRenderer):
   """Leaves the loops over a kernel's tile to clang, and loads single numbers.
 
@@ -40,7 +55,8 @@ class ClangRenderer(cstyle.ClangRenderer):
   would hold clang to vectors of 128 bits; without them it takes the full width, and a convolution runs three times as
   fast. Loops that tinygrad's own renderer leaves to the compiler would make this class unnecessary."""
   supports_float4 = False
-  string_rewrite = PatternMatcher([(UPat(Ops.RANGE, name="x"), render_tile_loop)]) + cstyle.ClangRenderer.string_rewrite
+  type_map = TYPES
+  string_rewrite = PatternMatcher([(UPat(Ops.RANGE, name="x"), render_tile_loop)]) + RULES
 
   def __init__(self, target:Target):
     super().__init__(target)

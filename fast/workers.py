@@ -4,7 +4,7 @@ import concurrent.futures, multiprocessing, os, signal, threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 import fast
-from fast import gpu
+from fast import compiler, gpu
 from fast.clang import together
 from tinygrad.engine import realize, worker
 from tinygrad.helpers import PARALLEL
@@ -19,8 +19,8 @@ def start():
     multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
   threading.Thread(target=end_with_parent, daemon=True).start()
-  if not fast.plain():
-    for owner, name, value in gpu.changes(): setattr(owner, name, value)
+  changed = compiler.always() + ([] if fast.plain() else gpu.changes())
+  for owner, name, value in changed: setattr(owner, name, value)
 
 def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
   """tinygrad's f, which lowers and compiles a kernel, of several of them: lowered one by one, compiled together."""

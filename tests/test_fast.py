@@ -1,5 +1,5 @@
 """What fast/ does to tinygrad: all cores, the quick start, and that none of it is needed or stays behind."""
-import contextlib, ctypes, os, shutil, signal, sqlite3, subprocess, sys, threading, time
+import contextlib, ctypes, os, platform, shutil, signal, sqlite3, subprocess, sys, threading, time
 import numpy as np
 import pytest
 import engine.capture, engine.device, fast, tinygrad.device, tinygrad.schedule
@@ -243,6 +243,28 @@ def test_no_warning_of_the_compiler_is_seen(plain, tmp_path):
   assert out == "(2, 8, 8, 8)\n" and err.startswith("device: CPU\n") and "warning" not in err, err
   p = start("from tinygrad import Tensor; Tensor([1.5]).sin().tolist()", **env | {"CACHEDB": str(tmp_path/"other.db")})
   assert "warning" in p.communicate(timeout=100)[1]  # the script does bring some
+
+PADDED = """if True:
+  import numpy as np
+  from engine.capture import captured
+  from engine.device import open_device
+  from tinygrad import Tensor, dtypes
+  open_device(silent=True)
+  x = Tensor((np.arange(384, dtype=np.float32) % 256).reshape(2, 3, 8, 8) / 8).cast(dtypes.bfloat16).realize()
+  ends = 0, -2.5, 0.3, float("-inf")
+  for made in captured(lambda x: [x.pad((1, 1, 1, 1), value=v).contiguous() for v in ends])(x):
+    print(*made.float().numpy().ravel())"""
+
+@with_clang
+@pytest.mark.parametrize("plain", ["0", "1"])
+def test_padding_in_bfloat16_on_a_processor_without_instructions_for_it(plain, tmp_path):
+  env = compiler(tmp_path, 'set -- "$@" -mno-avx512bf16' if platform.machine() == "x86_64" else "")
+  p = start(PADDED, **env, PLAIN=plain, NOOPT="1")
+  out, err = p.communicate(timeout=300)
+  assert p.returncode == 0, err
+  for line, end in zip(out.splitlines(), (0, -2.5, 0.30078125, -np.inf), strict=True):  # 0.3 has 8 bits there
+    want = np.pad(np.arange(384).reshape(2, 3, 8, 8) % 256 / 8, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=end)
+    close([float(v) for v in line.split()], want.ravel(), rtol=0)
 
 @with_clang
 def test_errors_of_the_compiler_are_seen_and_warnings_are_not(capfd):
