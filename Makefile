@@ -3,7 +3,7 @@
 # The first of them sets everything up: a virtual environment, the pinned packages and, if tinygrad needs one, a compiler.
 DATASET ?= glyphs
 ARGS ?=
-# The system's Python before another of its version, such as pyenv's: built with profiles, it plans kernels sooner.
+# The system's Python before another of its version, such as pyenv's: profile-guided optimization makes it quicker.
 PYTHON ?= $(shell PATH=/usr/bin:$$PATH; for p in python3.13 python3.12 python3.11 python3 python3.14; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 PY = .venv/bin/python

@@ -39,7 +39,8 @@ def render_bits(c:UOp) -> str:
   return f"{np.float32(float_to_bf16(c.val)).view(np.uint32) >> 16}u"
 
 # bfloat16, which tinygrad converts by hand, is kept as its bits. Of clang's own type, where the processor has no
-# instructions for it, some loads and stores call a function of libgcc that is there from GCC 13 on.
+# instructions for it, some loads and stores call a function of libgcc that is there from GCC 13 on. tinygrad's OpenCL
+# renderer keeps bits as well; if the one for the CPU did, this would be unnecessary.
 TYPES = cstyle.ClangRenderer.type_map | {dtypes.bfloat16: "unsigned short"}
 RULES = PatternMatcher([(UPat.cvar("c").cast(dtypes.bfloat16), render_bits)]) + cstyle.ClangRenderer.string_rewrite
 
@@ -55,7 +56,6 @@ class ClangRenderer(cstyle.ClangRenderer):
   would hold clang to vectors of 128 bits; without them it takes the full width, and a convolution runs three times as
   fast. Loops that tinygrad's own renderer leaves to the compiler would make this class unnecessary."""
   supports_float4 = False
-  type_map = TYPES
   string_rewrite = PatternMatcher([(UPat(Ops.RANGE, name="x"), render_tile_loop)]) + RULES
 
   def __init__(self, target:Target):

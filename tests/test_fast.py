@@ -252,19 +252,23 @@ PADDED = """if True:
   open_device(silent=True)
   x = Tensor((np.arange(384, dtype=np.float32) % 256).reshape(2, 3, 8, 8) / 8).cast(dtypes.bfloat16).realize()
   ends = 0, -2.5, 0.3, float("-inf")
-  for made in captured(lambda x: [x.pad((1, 1, 1, 1), value=v).contiguous() for v in ends])(x):
-    print(*made.float().numpy().ravel())"""
+  def step(x):
+    padded = [x.pad((1, 1, 1, 1), value=v).contiguous() for v in ends]
+    return padded + [Tensor.full((3,), v, dtype=dtypes.bfloat16).contiguous() for v in ends]
+  for made in captured(step)(x): print(*made.float().numpy().ravel())"""
 
 @with_clang
-@pytest.mark.parametrize("plain", ["0", "1"])
-def test_padding_in_bfloat16_on_a_processor_without_instructions_for_it(plain, tmp_path):
+@pytest.mark.parametrize("plain,parallel", [("0", "2"), ("1", "2"), ("0", "0"), ("1", "0")])
+def test_padding_and_constants_in_bfloat16_on_a_processor_without_instructions_for_it(plain, parallel, tmp_path):
   env = compiler(tmp_path, 'set -- "$@" -mno-avx512bf16' if platform.machine() == "x86_64" else "")
-  p = start(PADDED, **env, PLAIN=plain, NOOPT="1")
+  p = start(PADDED, **env, PLAIN=plain, PARALLEL=parallel, NOOPT="1")
   out, err = p.communicate(timeout=300)
   assert p.returncode == 0, err
-  for line, end in zip(out.splitlines(), (0, -2.5, 0.30078125, -np.inf), strict=True):  # 0.3 has 8 bits there
-    want = np.pad(np.arange(384).reshape(2, 3, 8, 8) % 256 / 8, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=end)
-    close([float(v) for v in line.split()], want.ravel(), rtol=0)
+  found, ends = [[float(v) for v in line.split()] for line in out.splitlines()], (0, -2.5, 0.30078125, -np.inf)
+  images, border = np.arange(384).reshape(2, 3, 8, 8) % 256 / 8, ((0, 0), (0, 0), (1, 1), (1, 1))
+  for padded, end in zip(found[:4], ends, strict=True):  # 0.3 has 8 bits there
+    close(padded, np.pad(images, border, constant_values=end).ravel(), rtol=0)
+  assert found[4:] == [[end] * 3 for end in ends]
 
 @with_clang
 def test_errors_of_the_compiler_are_seen_and_warnings_are_not(capfd):
