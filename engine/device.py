@@ -35,7 +35,8 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
   RuntimeError, in one sentence, if there is no device, $DEV names one that is not there, or its compiler is missing;
   OSError or ValueError if tinygrad's cache cannot be opened."""
   with contextlib.suppress(ImportError):
-    from fast import threads
+    from fast import opening, threads
+    opening.install()
     threads.install()
   ALLOW_TF32.value = int(tf32 or GIVEN)
   os.environ["ALLOW_TF32"] = str(ALLOW_TF32.value)

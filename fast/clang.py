@@ -9,7 +9,8 @@ from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 def newest(named:str|None=None) -> str|None:
   """The path of `named` ($CC) or, if that is another compiler, of the newest clang, which Debian calls clang-19. None
   if there is none."""
-  if named and (path := shutil.which(named)):  # conda and cluster modules set $CC to gcc
+  # conda and cluster modules set $CC to gcc; macOS's clang is called cc as well
+  if named and "clang" not in os.path.basename(named) and (path := shutil.which(named)):
     if b"clang" not in subprocess.run([path, "--version"], capture_output=True).stdout: named = None
   names = [named] if named else [*(f"clang-{v}" for v in range(30, 13, -1)), "clang"]
   return next((path for name in names if (path := shutil.which(name))), None)

@@ -3,12 +3,12 @@ from __future__ import annotations
 import functools, os, pathlib, subprocess
 import numpy as np
 from fast.clang import Clang
+from fast.opening import ops_cpu
 from tinygrad import Device, dtypes, helpers
 from tinygrad.device import Compiled
 from tinygrad.dtype import float_to_bf16
 from tinygrad.helpers import Context, Target
 from tinygrad.renderer import Renderer, cstyle
-from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import AxisType, Ops, PatternMatcher, UOp, UPat
 
 @functools.cache

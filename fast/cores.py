@@ -4,6 +4,7 @@ import concurrent.futures, ctypes, functools, math, os, pathlib, time
 import numpy as np
 import tinygrad.schedule
 from fast.kernels import shared_round
+from fast.opening import ops_cpu
 from fast.schedules import divisor
 from tinygrad import Device, dtypes, helpers
 from tinygrad.device import TinyELF
@@ -11,7 +12,6 @@ from tinygrad.engine.jit import GraphRunner
 from tinygrad.engine.realize import get_call_arg_uops
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.autogen import libc
-from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
 from tinygrad.schedule import create_schedule
 from tinygrad.uop.ops import Ops, UOp
 
@@ -59,7 +59,7 @@ def team() -> tuple:
   """What runs the kernels: the compiled function, and the threads that call it beside the main one."""
   cpu = Device["CPU"]
   code = TinyELF(cpu.renderer.compiler.compile_cached(TEAM), "run", cpu.renderer.target, (), b"")
-  return CPUProgram(cpu, code), concurrent.futures.ThreadPoolExecutor(max(1, cores()-1))
+  return ops_cpu.CPUProgram(cpu, code), concurrent.futures.ThreadPoolExecutor(max(1, cores()-1))
 
 class Team(GraphRunner):
   """The kernels that a TinyJit has captured, as one call in which the cores share the rounds of each one's outer loop.
@@ -126,5 +126,5 @@ def changes() -> list[tuple]:
   A CPU device of tinygrad's that runs the rounds of a kernel in parallel would make this unnecessary."""
   if os.name != "posix" or not isinstance(Device["CPU"].renderer, ClangRenderer): return []
   return [(tinygrad.schedule, "create_schedule", lambda sink: share(create_schedule(sink))),
-          (CPUDevice, "graph", property(lambda device: Team, lambda device, value: vars(device).update(graph=value))),
+          (ops_cpu.CPUDevice, "graph", property(lambda d: Team, lambda d, value: vars(d).update(graph=value))),
           (helpers.JIT_BATCH_SIZE, "value", 0)]  # a captured step as one call, not in parts of 32, 64, ... kernels

@@ -144,7 +144,7 @@ def plot(series:Mapping[str, tuple[ArrayLike, ArrayLike]], title:str="", xlabel:
       points = [(float(across(xs[j])), float(down(ys[j]))) for j in run if ok[j]]
       if len(points) > 1: d.line(points, colour, 2 * k, joint="curve" if len(points) < 1000 else None)
       elif points: d.circle(points[0], 3 * k, colour)
-  return img.resize((width // k, height // k), Image.Resampling.LANCZOS)
+  return img.reduce(k)
 
 def span(values:np.ndarray) -> tuple[float, float]:
   """Ends of an axis, never equal."""

@@ -289,7 +289,6 @@ def test_what_is_compiled_together_is_what_is_compiled_alone(tmp_path, monkeypat
     """The machine code, compiled together; and how often the script was started."""
     monkeypatch.setenv("CC", compiler(tmp_path, f"{text}\necho start >> {starts}")["CC"])
     clang.said.cache_clear()
-    clang.newest(os.environ["CC"])  # which asks once what it is
     starts.write_text("")
     libs = clang.Clang(arch).compile_all(sources)
     return {src: bytes(elf_loader(lib)[0]) for src, lib in libs.items()}, starts.read_text().count("start")
@@ -562,6 +561,26 @@ def test_a_containers_share_of_the_processor(text, n, tmp_path):
   assert cores.quota(str(tmp_path/"cpu.max")) == n and cores.quota(str(tmp_path/"none")) == 16
 
 # *** the quick start ***
+
+OPENED = """if True:
+  import sys
+  from engine.device import open_device
+  from fast import opening
+  made, lower = [], opening.do_to_program
+  opening.do_to_program = lambda *args: made.append(args) or lower(*args)
+  try: open_device()
+  except RuntimeError as e: assert "mesa" in str(e)  # the library, which may not be there
+  else:
+    from tinygrad import Tensor
+    print(len(made), (Tensor([1.0])+1).tolist(), end=" ")
+  print("tinygrad.runtime.autogen.mesa" in sys.modules)"""
+
+@with_clang
+def test_the_processor_opens_without_what_it_does_not_need(tmp_path):
+  """Its own kernels, which HCQ2=1 runs, are lowered once; and Mesa's declarations are imported for Mesa alone."""
+  env = {"CACHEDB": str(tmp_path/"cache.db"), "HCQ2": "1"}
+  assert [python(OPENED, DEV="CPU", **env) for _ in range(2)] == ["4 [2.0] False\n", "0 [2.0] False\n"]
+  assert python(OPENED, DEV="CPU:LVP", **env).endswith("True\n")
 
 def test_what_lies_below_a_node_is_what_sorting_finds():
   a, b, c = [Tensor(arr(4, seed=i)).realize() for i in range(3)]
