@@ -1,4 +1,4 @@
-"""tinygrad's CPU device, opened in a tenth of a second instead of half of one."""
+"""tinygrad's CPU device, opened in 0.1 s instead of 0.4."""
 from __future__ import annotations
 import contextlib, importlib, importlib.metadata, sqlite3, sys, types
 from fast.quickstart import launched
