@@ -58,11 +58,11 @@ gallery: setup
 	@$(FIGURE) 6 --steps $(STEPS) --n 6 --out assets/progressive.png
 	@$(FIGURE) 8 --steps $(STEPS) --n 4 --out assets/interpolation.png
 	@$(PY) -c 'import data; from files import pictures as p; x = data.read("mnist", "test").images; m = x[0] * 0; m[:, 14:] = 255; \
-	  [p.save_png(f"runs/gallery/{name}.png", p.picture(v)) for name, v in (("7", x[0]), ("2", x[1]), ("mask", m))]'
-	@$(DRAW) --steps $$(($(STEPS)/4)) --inpaint runs/gallery/7.png --mask runs/gallery/mask.png --n 9 --out assets/inpaint.png
-	@$(DRAW) --steps $(STEPS) --from runs/gallery/7.png runs/gallery/2.png --at $$(($(STEPS)/2)) --n 9 --out assets/from.png
-	@$(DRAW) --steps $(STEPS) --encode runs/gallery/7.png runs/gallery/2.png --out assets/encode.png
-	@rm -rf runs/gallery assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
+	  [p.save_png(f"runs/.gallery/{name}.png", p.picture(v)) for name, v in (("7", x[0]), ("2", x[1]), ("mask", m))]'
+	@$(DRAW) --steps $$(($(STEPS)/4)) --inpaint runs/.gallery/7.png --mask runs/.gallery/mask.png --n 9 --out assets/inpaint.png
+	@$(DRAW) --steps $(STEPS) --from runs/.gallery/7.png runs/.gallery/2.png --at $$(($(STEPS)/2)) --n 9 --out assets/from.png
+	@$(DRAW) --steps $(STEPS) --encode runs/.gallery/7.png runs/.gallery/2.png --out assets/encode.png
+	@rm -rf runs/.gallery assets/reverse.png assets/rate-distortion.csv; du -ch assets/* | tail -n 1
 
 setup: .venv/ready
 	@test -x $(PY) || { echo "the Python that .venv was made with is gone: make clean" >&2; exit 1; }

@@ -161,7 +161,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   unused = [k for k in "labels no_clip naive against ode samples_t raw".split() if vars(a)[k]]
   if a.samples and unused: p.error(f"--samples: leave out --{unused[0].replace('_', '-')}")
   check_places(a.json, a.nearest and quality.beside(a.samples))
-  keep([a.samples], a.json)
+  keep([a.samples, a.dataset, *a.against], a.json)
   return a
 
 def report_bound(T:int, b:Bound, how:str) -> dict:

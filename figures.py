@@ -19,7 +19,7 @@ class Model:  # a trained model; draw() is Algorithm 2 for the n rows of a figur
     self.path, self.net, self.ddpm, self.meta = sample.open_model(a)
     self.shape, self.classes = sample.image_shape(self.net), self.net.config["num_classes"]
     self.n, self.clip = a.n or n, self.meta.get("clip", True)
-    self.labels = guidance.all_equally(self.n, self.classes, a.seed)
+    self.labels = guidance.all_equally(self.n, guidance.trained(self.classes, self.meta), a.seed)
     self.times = sample.timesteps(self.ddpm.T, a.steps or self.ddpm.T)
     sampler = functools.partial(sample.sample_ddpm, self.ddpm, seed=a.seed, clip=self.clip, jits={})
     self.labelled = guidance.labelling(self.net, 1, self.meta.get("null_class", True))
@@ -109,7 +109,7 @@ def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test i
 def table_2(a:argparse.Namespace):
   """Table 2's rows on a small budget, in bits/dim (the paper's columns are IS and FID)."""
   name, given = a.dataset or "glyphs", {"steps": a.steps, "seed": a.seed, "data-dir": a.data_dir}
-  more = [f"--{k}={v}" for k, v in given.items() if v]
+  more = ["--min-snr=0", *(f"--{k}={v}" for k, v in given.items() if v)]
   rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
   for predict, (loss, sigma) in rows:
     out = f"runs/table2/{Path(name).stem}-{predict}-{loss}-{sigma}"

@@ -21,7 +21,7 @@ from engine.folder import claim
 from engine.streams import normals, stream
 from engine.terminal import number, parser
 from extras import editing
-from extras.guidance import all_equally, labelling
+from extras.guidance import all_equally, labelling, trained
 from extras.samplers import MOVES, Moves
 from files import checkpoint, parts
 from unet import DTYPES, UNet, lower
@@ -103,12 +103,11 @@ SAMPLERS:dict[str, Callable[..., Visits]] = {"ddpm": sample_ddpm} | {
 def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
   hosts.take_device(open_device(a.tf32))
-  path = checkpoint.find(a.checkpoint, a.raw)
-  editing.keep([path], *(vars(a).get(k) for k in ("out", "npz", "gif", "png", "json")))
+  outs = [vars(a).get(k) for k in ("out", "npz", "gif", "png", "json")]
+  editing.keep([path := checkpoint.find(a.checkpoint, a.raw)], *outs)
   net, meta = checkpoint.load(path, a.raw)
-  try: ddpm = DDPM(**meta.get("ddpm", {}))
-  except TypeError as e: raise ValueError(f"{path} does not describe its diffusion: {e}") from e
-  return path, lower(net, DTYPES[a.dtype]), ddpm, meta
+  for name in (meta.get("dataset"), vars(a).get("dataset")): editing.keep_set(name, *outs)
+  return path, lower(net, DTYPES[a.dtype]), checkpoint.diffusion(meta, path), meta
 
 def open_images(a:argparse.Namespace, split:str, path:str, net:UNet,
                 meta:dict) -> tuple[str, data.Dataset]:
@@ -144,7 +143,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--eta", type=number(float, 0, 1), help="ddim's noise, from 0, none, to 1, σ² = beta_tilde")
   add("--no-clip", action="store_true", help="leave x̂_0 as it is, not brought into [-1, 1]")
   add("--n", type=number(int, 1), help="images (default: 16), or images of each class (8)")
-  add("--first", type=number(int, 0), default=0, help="the number of the first image (0)")
+  add("--first", type=number(int, 0, 2**53), default=0, help="the number of the first image (0)")
   add("--class", dest="label", metavar="K", help="by name or number (default: all classes equally)")
   add("--classes", action="store_true", help="a row of images for each class")
   add("--guidance", type=number(float, 0, 100), help="0: no label, 1: plain (default), more")
@@ -167,25 +166,26 @@ def check_places(*paths:str|None):
     if not path or there.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
       raise OSError(f"cannot write {path or 'a file without a name'}")
 
-def labels_of(a:argparse.Namespace, classes:int, names:list[str], path:str) -> np.ndarray:
-  """The label of each image to draw. ValueError for a class that the model does not have."""
-  asked = a.classes or a.label is not None
+def labels_of(a:argparse.Namespace, classes:int, meta:dict, path:str) -> np.ndarray:
+  """The label of each image to draw. ValueError for a class that the model was not shown."""
+  names, own, asked = meta.get("classes", []), trained(classes, meta), a.classes or a.label
   if not classes and (asked or a.guidance is not None):
     raise ValueError(f"{path} is trained without classes")
   if asked and a.guidance == 0: raise ValueError("--guidance 0 draws without a class: leave it out")
-  if a.classes: return np.arange(classes, dtype=np.int32).repeat(a.n or 8)
+  if a.classes: return own.repeat(a.n or 8)
   if a.label is None and editing.asked(a): return np.full(a.n, classes, np.int32)
-  if a.label is None: return all_equally(a.n or 16, classes, a.seed, a.first)
+  if a.label is None: return all_equally(a.n or 16, own, a.seed, a.first)
   numbers = [] if any(map(str.isdecimal, names)) else [*map(str, range(classes))]
-  for known in (names, numbers):
-    if a.label in known: return np.full(a.n or 16, known.index(a.label), np.int32)
-  raise ValueError(f"--class {a.label}: {path} knows {', '.join(names) or f'0 to {classes - 1}'}")
+  known = {name: i for words in (numbers, names) for i, name in enumerate(words) if i in own}
+  if a.label in known: return np.full(a.n or 16, known[a.label], np.int32)
+  shown = ", ".join(name for i, name in enumerate(names) if i in own) or f"0 to {classes - 1}"
+  raise ValueError(f"--class {a.label}: {path} knows {shown}")
 
 def main(argv:list[str]|None=None):
   a = arguments(argv)
   path, net, ddpm, meta = open_model(a)
-  names = meta.get("classes", [])
-  labels = labels_of(a, net.config["num_classes"], names, path)
+  classes, names = net.config["num_classes"], meta.get("classes", [])
+  labels = labels_of(a, classes, meta, path)
   times, n = timesteps(ddpm.T, a.steps or ddpm.T), len(labels)
   options = {} if a.eta is None else {"eta": a.eta}
   sampler = functools.partial(SAMPLERS[a.sampler], ddpm, seed=a.seed, jits={}, **options,
@@ -208,13 +208,13 @@ def main(argv:list[str]|None=None):
   facts = {k: v for k, v in vars(a).items() if k not in ("checkpoint", "batch", "out", "npz")}
   place = parts.place(a.npz or a.png or a.out, net, meta, labels, size, facts)
   index = range(a.first, a.first + n)
-  if hosts.rank() == 0: parts.check(place, a.png, index)
+  if hosts.rank() == 0: parts.check(place, a.png, index, a.out, a.npz, a.gif)
   with claim(place), parts.kept(place, a.png, index, hosts.rank() == 0):
     starts = range(0, n, size)
-    hosts.same(missing := parts.missing(place, starts))
+    hosts.same(missing := parts.missing(place, starts, a.png, a.first))
     for start in np.array(starts)[missing][hosts.rank()::hosts.size()]:
       parts.save(place, start, *batch(start), a.png, a.first)
     hosts.gather(missing)  # waits for all
-    if hosts.rank() == 0: parts.write(a, place, labels, net.config["num_classes"], names)
+    if hosts.rank() == 0: parts.write(a, place, labels, classes, names)
 
 if __name__ == "__main__": hosts.run(main)

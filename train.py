@@ -18,6 +18,7 @@ from engine.state import State
 from engine.streams import stream
 from engine.terminal import field_flag, parser
 from extras import objectives
+from extras.guidance import trained
 from files import checkpoint, pictures
 from unet import DTYPES, UNet
 
@@ -115,7 +116,7 @@ def make_loss(ddpm:DDPM, c:Config) -> Callable[..., Tensor]:
     x0 = x if dtypes.is_float(x.dtype) else x.cast(dtypes.float32) / 127.5 - 1  # Section 3.3
     x_t = ddpm.q_sample(x0, t, eps)                           # √ᾱₜ x₀ + √(1−ᾱₜ) ε
     given = (y,) if c.class_conditional else ()
-    dropout = {"seed": seeds[0]} if seeds and c.dropout and isinstance(model, UNet) else {}
+    dropout = {"seed": seeds[0]} if seeds and isinstance(model, UNet) else {}
     out = model(x_t, t, *given, **dropout)
     if c.clip_x0: out = objectives.without_clipped(ddpm, x0, x_t, t, eps, out)
     if c.loss == "simple": each = ddpm.squared_error(x0, x_t, t, eps, out)  # ‖ε − ε_θ(xₜ, t)‖²
@@ -176,7 +177,7 @@ def fit(config:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) 
     folder.introduce(c, state, found, begun, float(ddpm.alpha_bar[-1]))
     if begun >= c.steps: return out
     loss, update = make_loss(ddpm, c), make_update(state, c)
-    show = make_show(c, ddpm, state, found.images.shape[1:], len(classes))
+    show = make_show(c, ddpm, state, found.images.shape[1:], trained(len(classes), about))
     chances = objectives.chances(ddpm, c.min_snr)[1] if c.times == "weighted" else None
     held_out = objectives.held_out(c, null, how, chances)
     with folder.Record(c, state, loss, held_out, show, about, fixed, begun, smooth) as record:
@@ -195,27 +196,26 @@ NETWORK = {"attn": "attn_resolutions"} | {k: k for k in (              # and som
 def network(c:Config, shape:tuple[int, ...], classes:int) -> dict:
   """The arguments of `UNet` for images of a shape (N, C, H, W). What c does not set is --init's."""
   _, C, H, W = shape
-  more = {}
-  if c.init: more = checkpoint.load(folder.origin(c.out, c.init, c.restart))[1]["unet"]
-  size = H if H == W else (H, W)
-  out_channels = 2*C if c.sigma == "learned" else None
+  more = checkpoint.load(folder.origin(c.out, c.init, c.restart))[0].config if c.init else {}
   return more | {theirs: getattr(c, ours) for ours, theirs in NETWORK.items()} | dict(
-    in_channels=C, image_size=size, num_classes=classes, seed=c.seed, out_channels=out_channels)
+    in_channels=C, image_size=H if H == W else (H, W), num_classes=classes, seed=c.seed,
+    out_channels=2*C if c.sigma == "learned" else None)
 
 def description(c:Config, net:Any, found:data.Dataset, classes:list[str]) -> dict:
   """What a checkpoint says of itself."""
   about = {"ddpm": {k: getattr(c, k) for k in DIFFUSION}, "dataset": c.dataset,
            "limits": found.limits, "classes": classes,
+           "untrained": np.setdiff1d(range(len(classes)), found.labels).tolist(),
            "null_class": not c.class_conditional or c.drop_labels > 0}  # is "no class" known?
   return about | ({"unet": net.config} if type(net) is UNet else {})
 
 def make_show(c:Config, ddpm:DDPM, state:State, shape:tuple[int, ...],
-              classes:int) -> Callable[[int], None]:
+              classes:np.ndarray) -> Callable[[int], None]:
   """show(step) draws 36 images with the averaged weights, from the same x_T each time, by DDIM in
   50 steps: a twentieth of the paper's 1000."""
   x_T, jits = sample.draw_x_T(36, shape, c.seed), dict[tuple, Callable]()
-  y = Tensor(np.arange(36, dtype=np.int32) % max(1, classes)).realize()  # each class in turn
-  def model(x:Tensor, t:Tensor) -> Tensor: return state.average(x, t, *[y] * bool(classes))
+  y = [Tensor(np.resize(classes, 36)).realize()] if len(classes) else []  # each class in turn
+  def model(x:Tensor, t:Tensor) -> Tensor: return state.average(x, t, *y)
   def show(step:int):
     *_, (_, x0, _) = sample.SAMPLERS["ddim"](ddpm, model, x_T, min(50, c.T), c.seed, jits=jits)
     images = data.to_uint8(x0.numpy())
@@ -234,16 +234,18 @@ def arguments(argv:list[str]|None=None) -> Config:
   source = given.get("dataset", "glyphs")
   preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
   if given.get("init"): preset |= of_checkpoint(preset | given, given)
-  of_eps = preset.get("predict", "eps") == "eps" and preset.get("sigma") != "learned"
-  if {"predict", "loss", "times"} & given.keys() or not of_eps: preset["min_snr"] = 0.0
+  asked, plain = preset | given, dict(predict="eps", loss="simple", times="uniform")
+  if any(asked.get(k, v) != v for k, v in plain.items()): preset["min_snr"] = 0.0
   c = Config(**preset | given)
   return dataclasses.replace(c, **folder.own(c, given))
 
 def of_checkpoint(c:dict, given:dict) -> dict:
   """The network and the diffusion of --init's checkpoint. Says where the flags `given` differ."""
   open_device(given.get("tf32", False), silent=True)
-  meta = checkpoint.load(folder.origin(c["out"], c["init"], c.get("restart", False)))[1]
-  found = {ours: meta["unet"][theirs] for ours, theirs in NETWORK.items()} | meta.get("ddpm", {})
+  net, meta = checkpoint.load(folder.origin(c["out"], c["init"], c.get("restart", False)))
+  checkpoint.diffusion(meta, c["init"])  # refuses what DDPM does not know
+  found = {ours: net.config[theirs] for ours, theirs in NETWORK.items()} | meta.get("ddpm", {})
+  if found.get("schedule") == "cosine": found |= dict(beta_1=1e-4, beta_T=0.02)  # unused
   found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
   for k in [k for k in found if given.get(k, found[k]) != found[k]]:
     print(f"{given['init']} has {k} = {found[k]}; here it is {given[k]}", file=sys.stderr)

@@ -28,7 +28,8 @@ def claim(folder:Path) -> Iterator[None]:
     yield
     return
   try:
-    if not any(folder.glob("ema*.safetensors")) and not any((folder/k).exists() for k in (".lock", "last.safetensors")):
+    own = ".lock", "last.safetensors", "ema.safetensors", "ema-[0-9]*.safetensors"
+    if not any(any(folder.glob(k)) for k in own):
       for k in ("log.jsonl", "loss.png", "samples", "samples.png"):
         if (folder/k).exists(): raise ValueError(f"{folder} holds {k} but is not a run's folder: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,9 +157,9 @@ def origin(out:str|os.PathLike, init:str, restart:bool) -> str:
   return str(last) if last.exists() and not restart else checkpoint.find(init)
 
 def own(c, given:dict) -> dict:
-  """The settings that come before the preset's where no flag (`given`) says them. A new run: anneal, the step at which
-  the learning rate reaches 0, is its last. A run that resumes, perhaps begun with an older preset: its own min_snr,
-  anneal, and no steps beyond that.
+  """The settings that come before the preset's where no flag (`given`) says them. A new run of more steps than the
+  preset's: anneal, the step at which the learning rate reaches 0, is its last. A run that resumes, perhaps begun with
+  an older preset: its own min_snr, anneal, and no steps beyond that.
 
   ValueError for a flag that asks for such steps: they would change nothing."""
   last, found = Path(c.out, "last.safetensors"), dict[str, Any]()

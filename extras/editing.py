@@ -126,6 +126,8 @@ def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tup
     raise ValueError(f"{path} cannot be read as an image: {reason(e)}") from e
   said = [text.removeprefix("1 of 1 images ") for text in (*to.said, *words)]
   if found.clear: said.append("with transparency, put on white")
+  if found.deep: said.append("16 bits in each of several channels, of which the upper 8 are read")
+  if found.frames > 1: said.append(f"the first of {found.frames} pages or frames")
   if C == 1 and not found.gray: said.append("made gray")
   if C == 3 and found.gray: said.append("gray in three equal channels")
   if said: print(f"{path}: {', '.join(said)}", file=sys.stderr)
@@ -158,6 +160,14 @@ def keep(given:Sequence[str|None], *outs:str|None):
     if Path(path).resolve() == Path(out).resolve(): raise ValueError(f"{path} would be written over by {out}")
   names = [Path(out).resolve() for out in filter(None, outs)]
   if len({*names}) < len(names): raise ValueError("two of the files to be written have one name: choose another")
+
+def keep_set(name:str|None, *outs:str|None):
+  """`keep` for a dataset of one's own; ValueError also if a file would be written into its folder."""
+  if not name or name in data.DATASETS: return
+  keep([path := os.path.expanduser(name)], *outs)
+  for out in filter(None, outs if os.path.isdir(path) else ()):
+    if Path(out).resolve().is_relative_to(Path(path).resolve()):
+      raise ValueError(f"{out} would lie among the images of {name}: choose another place")
 
 def asked(a:argparse.Namespace) -> list[str]:
   """The image files that are to be edited, none without such a flag."""

@@ -38,14 +38,20 @@ def labelling(net, guidance:float, known:bool=True) -> Callable[[np.ndarray], Ca
     return model
   return labelled if null else lambda labels: net
 
-def all_equally(n:int, classes:int, seed:int, first:int=0) -> np.ndarray:
+def trained(classes:int, meta:dict) -> np.ndarray:
+  """Those of a network's classes of which it was shown images, int32. meta: what its checkpoint says of itself."""
+  return np.setdiff1d(np.arange(classes, dtype=np.int32), meta.get("untrained", []))
+
+def all_equally(n:int, classes:int|np.ndarray, seed:int, first:int=0) -> np.ndarray:
   """The labels (n,) of images first, first + 1, ..., for which no class was asked: all K classes equally, in any order.
+  classes: K, for 0 to K−1, or their numbers (K,).
 
   x ~ Σ_y p(x | y) / K: each class comes once among K images. Images drawn without a label are worse."""
-  if not classes: return np.zeros(n, np.int32)
-  rounds = range(first // classes, math.ceil((first + n) / classes))
-  orders = [stream(seed, "order of classes", i).permutation(classes) for i in rounds]
-  return np.concatenate(orders)[first % classes:][:n].astype(np.int32)
+  own = np.arange(classes) if isinstance(classes, int) else classes
+  if not (K := len(own)): return np.zeros(n, np.int32)
+  rounds = range(first // K, math.ceil((first + n) / K))
+  orders = [stream(seed, "order of classes", i).permutation(own) for i in rounds]
+  return np.concatenate(orders)[first % K:][:n].astype(np.int32)
 
 def told(labels:np.ndarray|None, own:list[str], classes:int, meta:dict, n:int) -> np.ndarray|None:
   """What a model of so many classes is told of n images that are measured: without labels "no class" or nothing, else

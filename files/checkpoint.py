@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from tinygrad import dtypes, nn
+from ddpm import DDPM
 from files import download, hub
 from files.weights import fill, open_tensors, refuse_pickle, write_tensors
 from unet import UNet
@@ -52,6 +53,11 @@ def build(config:dict, path:str) -> UNet:
   try: return UNet(**args)
   except (TypeError, AttributeError, ArithmeticError) as e:
     raise ValueError(f"{path} does not describe a network of this program: {e}") from e
+
+def diffusion(meta:dict, path:str) -> DDPM:
+  """The forward and reverse process that a checkpoint describes. ValueError if it does not."""
+  try: return DDPM(**meta.get("ddpm", {}))
+  except TypeError as e: raise ValueError(f"{path} does not describe its diffusion: {e}") from e
 
 def find(path:str|None=None, raw:bool=False) -> str:
   """The file that a program's --checkpoint means: that of a run's folder. Without one, that of the newest run, or the

@@ -15,7 +15,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".tif",
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]  # Pillow opens more kinds, some by other programs
 HELD_OUT = ("test", "val", "valid", "validation", "dev")  # beside train/, the first of them is the split "test"
 LIMIT = 1 << 28  # bytes: no single file in an archive is unpacked beyond it
-FORM = 2  # of what is kept in the cache
+FORM = 3  # of what is kept in the cache
 
 def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:int) -> Dataset:
   """A folder, a .zip, a .npy or an .npz file: see `data.read`."""
@@ -84,7 +84,8 @@ def arrange(source:Source) -> tuple[list[Item], list[str], list[str], list[str]]
   said:list[str] = []
   left:list[str] = []
   where = [name.parts for name in source.names]
-  while len({p[0] for p in where}) == 1 and min(map(len, where)) > 2: where = [p[1:] for p in where]  # one around all
+  while len({p[0] for p in where}) == 1 and min(lengths := [*map(len, where)]) > 1 and max(lengths) > 2:
+    where = [p[1:] for p in where]  # one folder around all
   tops = {p[0].lower() for p in where if len(p) > 1}
   held = next((name for name in HELD_OUT if name in tops), None) if "train" in tops else None
   halves = [0] * len(where)

@@ -19,10 +19,19 @@ def place(path:str, model:Any, *facts:Any) -> Path:
     digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else json.dumps(fact, default=str).encode())
   return Path(f"{path}.{digest.hexdigest()[:12]}.parts")
 
-def check(folder:Path, png:str|None, index:range):
-  """OSError if drawing begins anew and the folder `png` has pictures of these numbers: they are another command's."""
-  for i in index if png and not folder.exists() else ():
-    if (path := Path(str(png), f"{i:06d}.png")).exists(): raise OSError(f"{path} is there already: name another folder")
+def check(folder:Path, png:str|None, index:range, *outs:str|None):
+  """OSError if drawing begins anew and the folder `png` has pictures of these numbers: they are another command's.
+  ValueError if one of them has the name of another file to be written."""
+  for i in index if png else ():
+    path = numbered(png, i)
+    if path.exists() and not folder.exists(): raise OSError(f"{path} is there already: name another folder")
+    for out in filter(None, outs):
+      if path.name == Path(out).name and path.resolve() == Path(out).resolve():
+        raise ValueError(f"{out} would be written over by image {i} of --png")
+
+def numbered(png:str|None, i:int) -> Path:
+  """The file of image i in the folder `png`."""
+  return Path(str(png), f"{i:06d}.png")
 
 @contextlib.contextmanager
 def kept(folder:Path, png:str|None, index:range, first:bool) -> Iterator[None]:
@@ -33,13 +42,17 @@ def kept(folder:Path, png:str|None, index:range, first:bool) -> Iterator[None]:
     yield
     done = True
   finally:
-    begun = finished(folder) or any(Path(str(png), f"{i:06d}.png").exists() for i in (index if png else ()))
+    begun = finished(folder) or any(numbered(png, i).exists() for i in (index if png else ()))
     if first and (done or not begun): shutil.rmtree(folder, ignore_errors=True)
     elif first: print(f"what is finished is in {folder}: the same command goes on", file=sys.stderr)
 
-def missing(folder:Path, starts:range) -> np.ndarray:
-  """Which of the batches that begin at these images are not finished, (len(starts),) bool. Says how many are."""
-  found = np.array([not (folder/f"{start:09d}.npz").exists() for start in starts])
+def missing(folder:Path, starts:range, png:str|None, first:int) -> np.ndarray:
+  """Which of the batches that begin at these images are not finished, or lack one of their files in the folder `png`:
+  (len(starts),) bool. Says how many are."""
+  def done(start:int) -> bool:
+    index = range(start, min(start + starts.step, starts.stop)) if png else ()
+    return (folder/f"{start:09d}.npz").exists() and all(numbered(png, first + i).exists() for i in index)
+  found = np.array([not done(start) for start in starts])
   if not found.all(): print(f"{len(found) - found.sum()} of {len(found)} batches are in {folder}", file=sys.stderr)
   return found
 
@@ -51,13 +64,14 @@ def save(folder:Path, start:int, images:np.ndarray, shown:np.ndarray, png:str|No
   """Images (n, C, H, W) as a batch that begins at `start`, and what is shown of them, uint8 (frames, n, C, H, W), of
   which the last frame goes into files 000000.png ... of the folder `png`; their numbers begin at first + start."""
   for i, image in enumerate(pictures.visible(shown[-1]) if png else ()):
-    pictures.save_png(Path(str(png), f"{first + start + i:06d}.png"), pictures.picture(image))
+    pictures.save_png(numbered(png, first + start + i), pictures.picture(image))
   with atomic(folder/f"{start:09d}.npz") as f:  # last, so that all of a finished batch is there
     np.savez(f, images=images, shown=shown[:, :max(0, SHOWN - start)])
 
 def write(a:argparse.Namespace, folder:Path, labels:np.ndarray, classes:int, names:list[str]):
   """The files that sample.py's command line asks for, from all batches."""
-  columns, rows = (len(labels) // classes, names or None) if a.classes else (None, None)
+  shown, columns, rows = {*labels.tolist()}, None, None
+  if a.classes: columns, rows = len(labels) // len(shown), [k for i, k in enumerate(names) if i in shown] or None
   movie = np.concatenate([np.load(path)["shown"] for path in finished(folder) if int(path.stem) < SHOWN], 1)
   if a.npz: write_npz(a.npz, folder, labels, classes > 0 and a.guidance != 0)
   if a.gif: pictures.save_gif(a.gif, [pictures.grid(x, columns, row_names=rows) for x in movie])

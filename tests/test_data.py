@@ -372,6 +372,11 @@ def test_a_folder_around_all_is_no_class(offline):
     for file in sorted((offline / "all").rglob("*.png")): z.write(file, file.relative_to(offline))
   found = data.read(offline / "a.zip", "test")
   assert found.heldout and found.classes == ["cat", "dog"] and found.labels.tolist() == [1]
+  put(offline / "all" / "cover.png", 4)  # one beside them changes nothing
+  with zipfile.ZipFile(offline / "b.zip", "w") as z:
+    for file in sorted((offline / "all").rglob("*.png")): z.write(file, file.relative_to(offline))
+  found = data.read(offline / "b.zip")
+  assert found.heldout and found.classes == ["cat", "dog"] and "1 images outside of train and val" in found.about
   put(offline / "one" / "cat" / "1.png")
   assert data.read(offline / "one").classes == ["cat"]
   put(offline / "first" / "test" / "1.png")  # test/ without train/ is a class

@@ -11,7 +11,7 @@ FILES = sorted(f.relative_to(ROOT) for where in (ROOT, *(ROOT/room for room in R
 NAMES = [".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in FILES]
 BELOW = {"ddpm", "unet", "data", "engine", "files"}
 # what a room, or a module that is not as its room is, may know of the others
-KNOWS = {"fast": set(), "ddpm": set(), "unet": {"fast"}, "files": set(), "files.checkpoint": {"unet"},
+KNOWS = {"fast": set(), "ddpm": set(), "unet": {"fast"}, "files": set(), "files.checkpoint": {"unet", "ddpm"},
          "files.hub": {"unet", "ddpm"}, "engine": {"files", "fast"}, "data": {"files", "engine.streams"},
          "extras": BELOW, "sample": BELOW | {"extras"}, "evaluate": BELOW | {"extras", "sample"},
          "train": BELOW | {"extras", "sample"},

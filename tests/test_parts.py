@@ -79,6 +79,16 @@ def test_what_is_finished_is_not_drawn_again(draw, tmp_path, monkeypatch, error)
   assert (tmp_path/"a.gif").read_bytes() == (tmp_path/"whole.gif").read_bytes()
   for i in range(10): assert (tmp_path/f"a/{i:06d}.png").read_bytes() == (tmp_path/f"whole/{i:06d}.png").read_bytes()
 
+def test_a_file_that_is_gone_is_drawn_again(draw, tmp_path, monkeypatch):
+  draw("whole", "--png whole")
+  go_on = stop_after(monkeypatch, 2, KeyboardInterrupt())
+  with pytest.raises(KeyboardInterrupt): draw("a", "--png a")
+  go_on()
+  (tmp_path/"a"/"000005.png").unlink()
+  draw("a", "--png a")
+  assert draw.batches == [4, 2]
+  for i in range(10): assert (tmp_path/f"a/{i:06d}.png").read_bytes() == (tmp_path/f"whole/{i:06d}.png").read_bytes()
+
 @pytest.mark.slow
 def test_another_command_does_not_take_them_over(draw, tmp_path, monkeypatch, model):
   checkpoint.save(tmp_path/"other.safetensors", random_model(num_classes=3, norm_eps=1e-5, **SMALL),

@@ -266,7 +266,7 @@ def test_classes(command):
   (["cat", "dog"], "1", 1), (["cat", "dog"], "dog", 1), (["cat", "dog"], "2", None), (["cat", "7"], "0", None),
   ([], "1", 1), ([], "2", None)])
 def test_a_class_is_asked_by_name_or_where_no_name_is_a_number_by_number(names, asked, k):
-  def found(): return sample.labels_of(sample.arguments(["--class", asked, "--n", "3"]), 2, names, "model")
+  def found(): return sample.labels_of(sample.arguments(["--class", asked, "--n", "3"]), 2, {"classes": names}, "model")
   if k is None: refused(found, f"--class {asked}", ", ".join(names) or "0 to 1")
   else: assert found().tolist() == [k] * 3
 
@@ -309,6 +309,8 @@ def test_wrong_for_this_model(command):
                "--npz q --png q"):
     refused(lambda line=line: command(line), "model would be written over" if "model" in line else "one name")
   refused(lambda: sample.check_places(""), "cannot write")
+  refused(lambda: command("--n 3 --png q --out q/000002.png"), "q/000002.png would be written over by image 2")
+  refused(lambda: command(f"--first {10**20}"), "--first")
   command("--class dog --n 1 --npz a.npz")
   assert (read("a.npz") > 127).all()
   command.net.config["num_classes"] = 0
@@ -317,6 +319,28 @@ def test_wrong_for_this_model(command):
   assert read("a.npz").shape == (1, 16, 16, 1) and "arr_1" not in np.load("a.npz")
   command.meta["ddpm"] = {"T": 12, "nothing": 1}
   refused(lambda: command("--n 1"), "model does not describe its diffusion")
+
+def test_the_images_of_the_model_are_not_written_over(command, tmp_path):
+  np.savez("set.npz", images=np.zeros((2, 16, 16), np.uint8))
+  (tmp_path/"photos").mkdir()
+  Image.new("L", (16, 16)).save("photos/a.png")
+  for name, line in (("set.npz", "--npz ./set.npz"), ("photos/", "--out photos/a.png"), ("photos", "--png photos"),
+                     ("photos", "--gif photos/deep/a.gif"), (str(tmp_path/"photos"), "--png photos/more")):
+    command.meta["dataset"] = name
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    refused(lambda line=line: command(f"--n 1 --steps 2 {line}"), line.split()[1])
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+  command.meta["dataset"] = "photos"
+  command("--n 1 --steps 2 --png photos-2 --out a.png")
+
+def test_classes_of_which_there_were_no_images_are_not_drawn(command):
+  """Labels counted from 1: of class 0 the network knows nothing."""
+  command.meta |= {"classes": ["0", "1"], "untrained": [0]}
+  for flags in ("--n 5", "--classes --n 5"):
+    command(f"{flags} --npz a.npz")
+    assert (read("a.npz") > 127).all() and read("a.npz", "arr_1").tolist() == [1] * 5
+  assert command.grids[-1][0].shape[0] == 5 and command.grids[-1][1] == 5
+  refused(lambda: command("--class 0"), "--class 0: model knows 1")
 
 def test_ctrl_c_is_one_sentence_and_writes_nothing(tmp_path):
   program = subprocess.Popen([sys.executable, ROOT/"sample.py", "--checkpoint", ROOT/"checkpoints"/"mnist.safetensors"],

@@ -226,18 +226,17 @@ def test_a_learned_variance_is_trained_where_clipping_mends_the_mean():
   r = d.beta_tilde[30] / math.exp(log_var)
   close(got, (r - 1 - math.log(r)) / 2 / math.log(2), rtol=1e-4)
 
-@pytest.mark.parametrize("dropout", (0.1, 0.0))
-def test_dropout_has_the_seeds_that_were_drawn(dropout):
-  """In training alone, where there is any."""
+def test_dropout_has_the_seeds_that_were_drawn():
+  """In training alone, whatever Config has: a network of one's own may have been made with another."""
   class Net(UNet):
     def __init__(self): self.seen = []
     def __call__(self, x, t, seed=None): return self.seen.append(seed) or x
-  c, net = Config(T=50, batch=4, dropout=dropout), Net()
+  c, net = Config(T=50, batch=4, dropout=0.0), Net()
   loss, batch = train.make_loss(DDPM(T=50), c), train.draw(Config(T=50, batch=4), IMAGES, LABELS, 3, 1)
   given = [Tensor(v) for v in batch]
   loss(net, *given)
   loss(net, *given[:4])
-  assert net.seen[1] is None and (np.array_equal(net.seen[0].numpy(), batch.seeds) if dropout else net.seen[0] is None)
+  assert net.seen[1] is None and np.array_equal(net.seen[0].numpy(), batch.seeds)
   others = [train.draw(c, IMAGES, LABELS, 3, n).seeds for n in (1, 2)]
   assert len({*map(int, np.concatenate(others))}) == 8 and others[0].dtype == np.uint32
 
@@ -313,7 +312,8 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
     assert rate(steps + 1, *short, "--anneal", "0") == lr
     # the preset's weights are for L_simple of ε with t drawn evenly, and for nothing else
     own = train.PRESETS[dataset]["min_snr"]
-    for flags, gamma in (([], own), (["--loss", "vlb"], 0), (["--predict", "x0"], 0), (["--times", "weighted"], 0)):
+    for flags, gamma in (([], own), (["--loss", "vlb"], 0), (["--predict", "x0"], 0), (["--times", "weighted"], 0),
+                         (["--loss", "simple", "--predict", "eps", "--times", "uniform"], own)):
       assert train.arguments(["--dataset", dataset, *flags]).min_snr == gamma
   assert rate(10**6, "--dataset", "cifar10") == 2e-4
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
@@ -521,6 +521,9 @@ def test_a_folder_of_other_things_is_not_touched(tmp_path, name):
   for restart in (False, True):
     refused(lambda restart=restart: fit(tmp_path, restart=restart), tmp_path, "not a run's folder", name)
   assert [f.name for f in tmp_path.iterdir()] == [name] and "0.9" in (tmp_path/name).read_text()
+  (tmp_path/"ema_model.safetensors").touch()  # another program's
+  refused(lambda: fit(tmp_path), tmp_path, "not a run's folder", name)
+  (tmp_path/"ema_model.safetensors").unlink()
   (tmp_path/name).rename(tmp_path/"other")
   fit(tmp_path, steps=2, save_every=1, keep_every=1)
   assert (tmp_path/"other").exists() and saved_step(tmp_path) == 2
@@ -588,9 +591,21 @@ def test_what_no_flag_says_is_the_checkpoints(tmp_path, monkeypatch):
   theirs = dict(head_channels=4, norm_eps=1e-5, down_pad=1, freq_shift=0)
   net = UNet(**TINY | dict(channel_mult=(1,), attn_resolutions=()), **theirs)
   checkpoint.save(tmp_path/"a.safetensors", net, {"ddpm": {"T": 30, "predict": "v"}})
-  c = train.arguments(["--dataset", "mnist", "--init", str(tmp_path/"a.safetensors"), "--out", str(tmp_path/"b")])
+  flags = ["--dataset", "mnist", "--init", str(tmp_path/"a.safetensors"), "--out", str(tmp_path/"b")]
+  c = train.arguments(flags)
   assert (c.T, c.predict, c.min_snr, c.channels, c.channel_mult, c.attn) == (30, "v", 0.0, 8, (1,), ())
   assert train.network(c, (1, 1, 8, 8), 0) == {**net.config}
+  # a cosine has no β₁ and β_T, whatever a file says; arguments that a file leaves out are UNet's; the rest is refused
+  checkpoint.save(tmp_path/"a.safetensors", net, {"ddpm": {"T": 30, "schedule": "cosine", "beta_1": 0.3}})
+  objectives.check(c := train.arguments(flags))
+  assert c.schedule == "cosine"
+  tensors = read_tensors(tmp_path/"a.safetensors")[0]
+  meta = {"unet": {k: v for k, v in net.config.items() if k != "dropout"}}
+  write_tensors(tmp_path/"a.safetensors", tensors, meta)
+  assert train.arguments(flags).dropout == train.network(train.arguments(flags), (1, 1, 8, 8), 0)["dropout"] == 0.1
+  for damaged in (None, {"nothing": 1}):
+    write_tensors(tmp_path/"a.safetensors", tensors, meta | {"ddpm": damaged})
+    refused(lambda: train.arguments(flags), "a.safetensors does not describe its diffusion")
 
 def test_a_run_goes_on_without_the_checkpoint_that_it_began_with(tmp_path, whole, images):
   shutil.copytree(whole[1], tmp_path/"first")
