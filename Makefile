@@ -33,7 +33,7 @@ lint: .venv/pytest
 table2: setup
 	@$(PY) figures.py table2 --dataset "$(DATASET)" $(ARGS)
 
-# The two models of checkpoints/, each from nothing by one run that goes on where it stopped, then in half precision.
+# Models as the two of checkpoints/, each from scratch by one run that goes on where it stopped, then in half precision.
 box: setup
 	@$(PY) train.py --dataset mnist --channel-mult 1,4,6 --steps 40000 --ema 0.9995 --times weighted --min-snr 3 $(ARGS) --out runs/box
 	@$(PY) -c "$(HALF)" runs/box/ema.safetensors runs/box/mnist.safetensors

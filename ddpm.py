@@ -31,7 +31,7 @@ def make_beta(T:int, beta_1:float, beta_T:float, schedule:str|Sequence[float]) -
 class DDPM:
   """The diffusion of Section 2: its tables, and each equation as a method. CHOICES lists the words.
   schedule: all β_t as a list, or how they go from beta_1 to beta_T: "linear"; "quad" and "const",
-    always beta_T, tried in Appendix B; not in the paper: "geometric"; "cosine", of neither.
+    always beta_T, tried in Appendix B; not in the paper: "geometric"; "cosine", which uses neither.
   sigma: p_θ's variance σ_t², Section 3.2: "beta", β_t; "beta_tilde", β̃_t; "learned", Table 2's
     Σ_θ: `out` has C channels more, log σ_t² of each pixel (as in the authors' code).
   predict: what the network answers: "eps", ε; "mu", μ_θ (Table 2); "x0", x_0 (end of Section 3.2);

@@ -2,10 +2,10 @@
 
 Nothing in this folder changes a number beyond rounding. It works inside of `scope`, in which captured steps are made:
 outside of it unet.py runs its own operations, and other networks in the same program find tinygrad as it was. (What
-stays, as opencl.py, opening.py and threads.py say, changes nothing for them.) PLAIN=1 leaves all of it out but the last
-two, the processes of workers.py and how compiler.py keeps bfloat16, and everything works without this folder. It knows
-tinygrad alone. Each change to tinygrad's own behaviour is here, with what it gains and what in tinygrad would make it
-unnecessary.
+stays, as opencl.py, opening.py and threads.py say, changes nothing for them.) PLAIN=1 leaves all of it out but
+opening.py, threads.py, the processes of workers.py and how compiler.py keeps bfloat16, and everything works without
+this folder. It knows tinygrad alone. Each change to tinygrad's own behaviour is here, with what it gains and what in
+tinygrad would make it unnecessary.
 """
 from __future__ import annotations
 import contextlib, functools, os, threading

@@ -26,7 +26,8 @@ class Clang(ClangCompiler):
     self.flags = ["-c", "-x", "c", "-O2", "-w", "-fPIC", "-ffreestanding", "-nostdlib", "-fno-math-errno", "-fno-ident",
                   f"--target={self.arch}-none-unknown-elf", *self.args]
     # the cache on the disk may be another processor's, and it outlives an upgrade of clang
-    if self.cachekey: self.cachekey = f"clang_{hashlib.sha256(said(self.clang, *self.flags).encode()).hexdigest()}"
+    self.fingerprint = f"clang_{hashlib.sha256(said(self.clang, *self.flags).encode()).hexdigest()}"
+    if self.cachekey: self.cachekey = self.fingerprint
 
   def compile(self, src:str) -> bytes:
     """C source -> an object file."""

@@ -20,7 +20,10 @@ def program(ast:UOp, renderer:Renderer) -> UOp:
   key = repr((importlib.metadata.version("tinygrad"), compiler, to_program_key(ast, renderer)))
   with contextlib.suppress(sqlite3.Error):
     if (found := helpers.diskcache_get("ddpm_opening", key)) is not None: return found
-  made = do_to_program(ast, renderer)
+  try: made = do_to_program(ast, renderer)
+  except sqlite3.Error:  # the cache cannot be written
+    renderer.compiler.cachekey = None
+    made = do_to_program(ast, renderer)
   with contextlib.suppress(sqlite3.Error): helpers.diskcache_put("ddpm_opening", key, launched(made))
   return made
 

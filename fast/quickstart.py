@@ -1,6 +1,6 @@
 """A quick start: schedules and lowered kernels kept in tinygrad's cache on the disk."""
 from __future__ import annotations
-import contextlib, functools, hashlib, importlib.metadata, itertools, pathlib, sqlite3, sys, time
+import contextlib, functools, hashlib, importlib.metadata, itertools, os, pathlib, sqlite3, sys, time
 from collections.abc import Callable, Iterator
 import numpy as np
 import tinygrad.codegen, tinygrad.engine.realize, tinygrad.schedule, tinygrad.uop.ops
@@ -22,10 +22,11 @@ class Kept(dict):
   @functools.cached_property
   def settings(self) -> str:
     settings = sorted((k, str(v.value)) for k, v in helpers.ContextVar._cache.items() if k not in IDLE)
+    settings += [(k, os.environ[k]) for k in ASKED if k in os.environ]
     code = [f.read_bytes() for f in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
     compiler = getattr(Device[Device.DEFAULT].renderer, "compiler", None)
     return repr((importlib.metadata.version("tinygrad"), settings, hashlib.sha256(b"".join(code)).hexdigest(),
-                 getattr(compiler, "cachekey", "")))
+                 getattr(compiler, "fingerprint", getattr(compiler, "cachekey", ""))))
   def digest(self, key) -> str: return hashlib.sha256(repr((self.settings, key)).encode()).hexdigest()
   def __contains__(self, key) -> bool:
     if (found := self.get(key)) is None: self.missing.add(key)
@@ -49,6 +50,10 @@ class Kept(dict):
 
 # settings that change no kernel (of DEV what does is in the key: buffers' devices, the renderer and its target)
 IDLE = ("DEV", "TRAINING", "DEBUG", "PARALLEL", "PROFILE", "NO_COLOR", "LRU", "JIT_BATCH_SIZE")
+# settings that change kernels and are no ContextVar: tinygrad asks the environment for them where it needs them
+ASKED = ("ALIGNED ALLOW_HALF8 BEAM_LOCAL_MAX BEAM_PADTO BEAM_UOPS_MAX BEAM_UPCAST_MAX DMC EXPAND_SSA LATE_ALLREDUCE "
+         "LLVMOPT MV MV_BLOCKSIZE MV_ROWS_PER_THREAD MV_THREADS_PER_ROW NOLOCALS OCCUPANCY_FLOOR REDUCEOP_SPLIT_SIZE "
+         "REDUCEOP_SPLIT_THRESHOLD RING_ALLREDUCE_THRESHOLD SUM_DTYPE TC TC_OPT THREADS").split()
 
 def launched(program:UOp) -> UOp:
   """What a launch reads of a lowered kernel: its parameters, its source and its code."""

@@ -1,6 +1,6 @@
 """The processes that lower and compile a captured step's kernels."""
 from __future__ import annotations
-import concurrent.futures, multiprocessing, os, signal, threading
+import concurrent.futures, contextlib, multiprocessing, os, shutil, signal, tempfile, threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 import fast
@@ -10,13 +10,16 @@ from tinygrad.engine import realize, worker
 from tinygrad.helpers import PARALLEL
 from tinygrad.uop.ops import UOp
 
-def start():
+def start(folder:str|None):
   """Each process begins with this. It ignores Ctrl-C and SIGTERM, which `timeout` sends to all processes of a program:
-  the program itself decides when to stop. It ends when the program has ended, in whatever way."""
+  the program itself decides when to stop. It ends when the program has ended, in whatever way. folder: for temporary
+  files, which the program removes or, if it was killed, this."""
   worker._init_worker()
+  tempfile.tempdir = folder
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   def end_with_parent():
     multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    if folder: shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
   threading.Thread(target=end_with_parent, daemon=True).start()
   changed = compiler.always() + ([] if fast.plain() else gpu.changes())
@@ -38,8 +41,11 @@ def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
 class Pool:
   """As much of a multiprocessing.Pool as tinygrad uses. A process that dies is an error here, not an endless wait, and
   a process lives for all kernels instead of 16."""
-  def __init__(self):
-    self.executor = concurrent.futures.ProcessPoolExecutor(PARALLEL.value, worker._WorkerContext(), start)
+  def __init__(self) -> None:
+    self.folder:tempfile.TemporaryDirectory|None = None
+    with contextlib.suppress(OSError): self.folder = tempfile.TemporaryDirectory()
+    given = worker._WorkerContext(), start, (self.folder and self.folder.name,)
+    self.executor = concurrent.futures.ProcessPoolExecutor(PARALLEL.value, *given)
 
   def imap_unordered(self, f:Callable, tasks:Iterable) -> Iterator:
     # a process that these start inherits what is blocked: a signal to all of a program's cannot end it before `start`
@@ -71,6 +77,7 @@ def terminate():
   if pool is None: return
   for process in list((pool.executor._processes or {}).values()): process.kill()
   pool.executor.shutdown(wait=False, cancel_futures=True)
+  if pool.folder: pool.folder.cleanup()
   pool = None
 
 def changes() -> list[tuple]:

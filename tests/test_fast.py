@@ -9,7 +9,7 @@ from engine.capture import captured
 from engine.device import find_compiler, open_device
 from fast import clang, cores, cpu, gpu, opencl, quickstart, scope, threads, workers
 from test_unet import conv_by_hand, kernels, softmax
-from tinygrad import Device, Tensor, dtypes
+from tinygrad import Device, Tensor, dtypes, helpers
 from tinygrad.runtime.support.elf import elf_loader
 from tinygrad.uop.ops import Ops, UOp
 
@@ -223,6 +223,19 @@ def test_compiling_processes_outlive_sigterm_and_end_with_their_program(tmp_path
   while alive() and time.monotonic() < until: time.sleep(0.1)
   assert not alive()
 
+@pytest.mark.parametrize("end", ("sys.stdin.read()", "workers.terminate()", "0"))
+def test_compiling_processes_leave_no_temporary_files(tmp_path, end):
+  """Killed, out of patience, or at its end: what clang reads and writes goes with the program."""
+  code = ("import sys, tempfile; from fast import workers; workers.pool = workers.Pool(); "
+          f"print(workers.pool.executor.submit(tempfile.mkdtemp).result(), flush=True); {end}")
+  p = start(code, TMPDIR=str(tmp_path))
+  assert p.stdout.readline().startswith(str(tmp_path))
+  if "read" in end: p.kill()
+  p.communicate(timeout=60)
+  until = time.monotonic() + 20
+  while list(tmp_path.iterdir()) and time.monotonic() < until: time.sleep(0.1)
+  assert not list(tmp_path.iterdir())
+
 @pytest.mark.slow
 @with_clang
 def test_a_compiling_process_outlives_sigterm_while_it_starts(tmp_path):
@@ -339,6 +352,19 @@ def test_a_cache_and_a_folder_that_cannot_be_written_are_done_without(monkeypatc
   def nowhere(*given): raise OSError(28, "No space left on device")
   monkeypatch.setattr(clang.tempfile, "mkdtemp", nowhere)
   assert compiled() == images
+
+@with_clang
+def test_what_is_kept_is_for_these_settings_and_this_compiler(monkeypatch):
+  """Also those that tinygrad asks the environment for, and where its own cache of what is compiled is off."""
+  digests = [quickstart.Kept("nothing").digest(1)]
+  monkeypatch.setenv("REDUCEOP_SPLIT_THRESHOLD", "7")
+  digests += [quickstart.Kept("nothing").digest(1)]
+  with helpers.Context(CCACHE=0): own = [clang.Clang(["x86_64", cpu]) for cpu in ("x86-64-v2", "x86-64-v3")]
+  for c in own:
+    assert c.cachekey is None
+    monkeypatch.setattr(Device["CPU"].renderer, "compiler", c)
+    digests += [quickstart.Kept("nothing").digest(1)]
+  assert len({*digests}) == 4
 
 def test_of_two_threads_one_is_in_the_scope(monkeypatch):
   """And tinygrad is as it was when both have left."""
@@ -581,6 +607,10 @@ def test_the_processor_opens_without_what_it_does_not_need(tmp_path):
   env = {"CACHEDB": str(tmp_path/"cache.db"), "HCQ2": "1"}
   assert [python(OPENED, DEV="CPU", **env) for _ in range(2)] == ["4 [2.0] False\n", "0 [2.0] False\n"]
   assert python(OPENED, DEV="CPU:LVP", **env).endswith("True\n")
+  full = ("import sqlite3, tinygrad.device\ndef full(*given): raise sqlite3.OperationalError('readonly database')\n"
+          "tinygrad.helpers.diskcache_put = tinygrad.device.diskcache_put = full\n")
+  code = full + "from engine.device import open_device; open_device(silent=True); print('open')"
+  assert python(code, DEV="CPU", CACHEDB=str(tmp_path/"new.db")) == "open\n"
 
 def test_what_lies_below_a_node_is_what_sorting_finds():
   a, b, c = [Tensor(arr(4, seed=i)).realize() for i in range(3)]
