@@ -146,7 +146,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   add("--first", type=number(int, 0, 2**53), default=0, help="the number of the first image (0)")
   add("--class", dest="label", metavar="K", help="by name or number (default: all classes equally)")
   add("--classes", action="store_true", help="a row of images for each class")
-  add("--guidance", type=number(float, 0, 100), help="0: no label, 1: plain (default), above: guided")
+  add("--guidance", type=number(float, 0, 100), help="0: no label, 1: plain (default), >1: guided")
   add("--out", default="samples.png", help="a picture of the first 256 (default: %(default)s)")
   add("--npz", help="also the images as they are: arr_0, (N, H, W, C), and their labels, arr_1")
   add("--png", metavar="FOLDER", help="also a file for each image: 000000.png ...")
