@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 import fast
 from fast import compiler, gpu
 from fast.clang import together
+from tinygrad.codegen.opt import search
 from tinygrad.engine import realize, worker
 from tinygrad.helpers import PARALLEL
 from tinygrad.uop.ops import UOp
@@ -26,7 +27,9 @@ def start(folder:str|None):
   for owner, name, value in changed: setattr(owner, name, value)
 
 def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
-  """tinygrad's f, which lowers and compiles a kernel, of several of them: lowered one by one, compiled together."""
+  """tinygrad's f, which lowers and compiles a kernel, of several of them: lowered one by one, compiled together. BEAM's
+  candidates are measured as soon as there is one."""
+  if f is not realize._compile_kernel: return [f(task) for task in tasks]
   with together() as later:
     try: made = [f(task) for task in tasks]
     finally:
@@ -50,7 +53,7 @@ class Pool:
   def imap_unordered(self, f:Callable, tasks:Iterable) -> Iterator:
     # a process that these start inherits what is blocked: a signal to all of a program's cannot end it before `start`
     tasks, futures = list(tasks), list[concurrent.futures.Future]()
-    n = min(8, -(-len(tasks)//PARALLEL.value))
+    n = max(1, min(8, -(-len(tasks)//PARALLEL.value)))
     try:
       before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
       try: futures += [self.executor.submit(compiled, f, tasks[i:i+n]) for i in range(0, len(tasks), n)]
@@ -81,6 +84,7 @@ def terminate():
   pool = None
 
 def changes() -> list[tuple]:
-  """What `scope` changes: where tinygrad takes its compiling processes from. A pool of tinygrad's own that sees the
-  death of a process would make this unnecessary."""
-  return [(realize, "get_worker_pool", get), (realize, "terminate_worker_pool", terminate)]
+  """What `scope` changes: where tinygrad takes its compiling processes from, also for BEAM, which would else measure
+  other code than is run. A pool of tinygrad's own that sees the death of a process would make this unnecessary."""
+  return [(owner, name, f) for owner in (realize, search)
+          for name, f in (("get_worker_pool", get), ("terminate_worker_pool", terminate))]

@@ -223,6 +223,22 @@ def test_compiling_processes_outlive_sigterm_and_end_with_their_program(tmp_path
   while alive() and time.monotonic() < until: time.sleep(0.1)
   assert not alive()
 
+SEARCHED = """if True:
+  from engine.capture import captured
+  from fast import workers
+  from tinygrad import Tensor, helpers
+  from tinygrad.engine import worker
+  x = Tensor([1., 2., 3.]).realize()
+  step = captured(lambda x: ((x * 2).exp2().contiguous(),))
+  with helpers.Context(BEAM=1): found = [step(x)[0].tolist() for _ in range(3)]
+  print(found[-1], workers.pool is not None, worker.worker_pool)
+"""
+
+@with_clang
+def test_beam_searches_with_the_processes_that_compile(tmp_path):
+  """Those of tinygrad would measure other code than is run: they know nothing of what is changed here."""
+  assert python(SEARCHED, CACHEDB=str(tmp_path/"cache.db"), PLAIN="0") == "[4.0, 16.0, 64.0] True None\n"
+
 @pytest.mark.parametrize("end", ("sys.stdin.read()", "workers.terminate()", "0"))
 def test_compiling_processes_leave_no_temporary_files(tmp_path, end):
   """Killed, out of patience, or at its end: what clang reads and writes goes with the program."""
