@@ -179,8 +179,9 @@ CHANGEABLE = ("lr", "batch", "ema", "anneal", "min_snr")  # by --change
 
 def begin_with(state:State, given:dict[str, np.ndarray], path:str) -> str:
   """Takes the weights of another run (--init), and says what it could not take: the table of the labels is made anew
-  for another number of classes. ValueError if they are another network's."""
-  said, own = "", state.shapes
+  for another number of classes, and left out for none. ValueError if they are another network's."""
+  own = state.shapes
+  said = "the table of the labels is left out" if "label" in given and "label" not in own else ""
   if {k for k in own if own[k] != getattr(given.get(k), "shape", None)} == {"label"}:
     given, said = {**given, "label": state.arrays()["raw.label"]}, "the table of the labels is made anew"
   if {k: v.shape for k, v in given.items() if k in own} != own or given.keys() - own.keys() - {"label"}:

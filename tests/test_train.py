@@ -578,6 +578,7 @@ def test_a_run_can_begin_with_the_network_and_the_weights_of_another(tmp_path, w
     assert folder.begin(c, state, {}) == (0, 0.0)
     says, arrays = capsys.readouterr().err, state.arrays()
     assert "begins with the weights of" in says and ("the table of the labels is made anew" in says) == anew
+    assert ("the table of the labels is left out" in says) == (classes == 0)
     for k, v in weights.items():
       for key in ("raw", "ema"):
         if k != "label" or classes == 3: close(arrays[f"{key}.{k}"], v, rtol=0)
