@@ -103,7 +103,7 @@ def figure_8(a:argparse.Namespace):
   ends = x0.reshape(n, 2, 1, *m.shape)
   m.save(a, np.concatenate([ends[:, 0], x_0.reshape(n, 11, *m.shape), ends[:, 1]], 1), 13)
 def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test images, for Figure 8
-  if a.images: return editing.read(a.images, m.shape, m.meta.get("how"))
+  if a.images: return editing.read(a.images, m.shape, m.meta.get("how"), m.meta.get("span"))
   x, rng = m.images(a).images, stream(a.seed, "interpolated images")
   return x[rng.choice(len(x), min(2 * m.n, len(x) // 2 * 2), replace=False)]
 def table_2(a:argparse.Namespace):

@@ -204,7 +204,7 @@ def network(c:Config, shape:tuple[int, ...], classes:int) -> dict:
 def description(c:Config, net:Any, found:data.Dataset, classes:list[str]) -> dict:
   """What a checkpoint says of itself."""
   about = {"ddpm": {k: getattr(c, k) for k in DIFFUSION}, "dataset": c.dataset,
-           "limits": found.limits, "classes": classes,
+           "limits": found.limits, "span": found.span, "classes": classes,
            "untrained": np.setdiff1d(range(len(classes)), found.labels).tolist(),
            "null_class": not c.class_conditional or c.drop_labels > 0}  # is "no class" known?
   return about | ({"unet": net.config} if type(net) is UNet else {})

@@ -92,11 +92,12 @@ def spherical(a:np.ndarray, b:np.ndarray, mix:np.ndarray) -> np.ndarray:
 
 # *** images of one's own ***
 
-def read(paths:Sequence[str], shape:tuple[int, ...], how:dict|None=None) -> np.ndarray:
-  """Image files as uint8 (N, C, H, W) of a shape (C, H, W), fitted as the model's own set was: how, its meta["how"].
+def read(paths:Sequence[str], shape:tuple[int, ...], how:dict|None=None, span:Sequence[float]|None=None) -> np.ndarray:
+  """Image files as uint8 (N, C, H, W) of a shape (C, H, W), fitted as the model's own set was: how, its meta["how"];
+  span, its meta["span"], which values of more than 8 bits are black and white.
 
   What this changes is said on stderr. ValueError for a file that is no image."""
-  return np.stack([read_one(path, shape, how or {})[0] for path in paths])
+  return np.stack([read_one(path, shape, how or {}, span)[0] for path in paths])
 
 def read_set(name:str, split:str, data_dir:str|None, size:tuple[int, ...], meta:dict) -> data.Dataset:
   """A dataset, read as the set of a model was, and in the height and width `size` if it is another. meta: what the
@@ -108,7 +109,8 @@ def read_set(name:str, split:str, data_dir:str|None, size:tuple[int, ...], meta:
   if name.lower().endswith((".npy", ".npz")): how = how | {"mode": None}
   return data.read(name, split, data_dir, **how)
 
-def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tuple[int, int]]:
+def read_one(path:str, shape:tuple[int, ...], how:dict,
+             span:Sequence[float]|None=None) -> tuple[np.ndarray, tuple[int, int]]:
   """One image, and the height and width that its file has."""
   C, *size = shape
   if C not in (1, 3): raise ValueError(f"{path} cannot have the {C} channels of the model's images, only 1 or 3")
@@ -119,9 +121,9 @@ def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tup
       cut = how.get("size") is None and [side // multiple * multiple for side in found.shape] == size
       asked_size = None if cut else (size[0], size[1])
       to = plan([found.shape], asked_size, multiple, how.get("fit", "crop"))
-      span, words = brightness([d for d in [found.depth] if d])
+      known, words = brightness([d for d in [found.depth] if d], span)
       f.seek(0)
-      x, _ = decode(to._replace(gray=C == 1, span=span), f)
+      x, _ = decode(to._replace(gray=C == 1, span=known), f)
   except Exception as e:  # Pillow raises nearly anything on a damaged file
     raise ValueError(f"{path} cannot be read as an image: {reason(e)}") from e
   said = [text.removeprefix("1 of 1 images ") for text in (*to.said, *words)]
@@ -133,10 +135,11 @@ def read_one(path:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, tup
   if said: print(f"{path}: {', '.join(said)}", file=sys.stderr)
   return x, found.shape
 
-def read_mask(path:str, photo:str, shape:tuple[int, ...], how:dict) -> tuple[np.ndarray, np.ndarray]:
+def read_mask(path:str, photo:str, shape:tuple[int, ...], how:dict,
+              span:Sequence[float]|None=None) -> tuple[np.ndarray, np.ndarray]:
   """A photo, uint8 (1, C, H, W), and where its mask is white, bool (1, 1, H, W). ValueError for a mask of another size,
   and for one that has all or nothing white."""
-  (x, size), (mask, mask_size) = read_one(photo, shape, how), read_one(path, (1, *shape[1:]), how)
+  (x, size), (mask, mask_size) = read_one(photo, shape, how, span), read_one(path, (1, *shape[1:]), how)
   if mask_size != size:
     raise ValueError(f"{path} is {mask_size[0]}x{mask_size[1]}, but {photo} is {size[0]}x{size[1]}")
   drawn, fitted = mask > 127, "" if size == shape[1:] else f" as {shape[1]}x{shape[2]}, the size of the model's images"
@@ -202,10 +205,9 @@ def edit(a:argparse.Namespace, ddpm:DDPM, sampler:Callable, labelled:Callable, s
 
   sampler and labelled: see `drawing`. labels: of the images that are drawn from each of those given."""
   if not asked(a): return False
-  how = meta.get("how") or {}
-  drawn = None
-  if a.inpaint: photos, drawn = read_mask(a.mask, a.inpaint, shape, how)
-  else: photos = read(asked(a), shape, how)
+  how, span, drawn = meta.get("how") or {}, meta.get("span"), None
+  if a.inpaint: photos, drawn = read_mask(a.mask, a.inpaint, shape, how, span)
+  else: photos = read(asked(a), shape, how, span)
   repeats, labels = len(labels), np.tile(labels, len(photos))
   x0 = data.scaled(photos).repeat(repeats, 0)
   x = normals([stream(a.seed, "x_T", i) for i in range(len(x0))], shape)

@@ -28,6 +28,7 @@ class Dataset(NamedTuple):
   heldout:bool = False  # whether the split "test" is apart from "train"; if not, both are the whole
   said:tuple[str, ...] = ()  # how the dataset was read
   left:tuple[str, ...] = ()  # what was left out
+  span:tuple[float, float]|None = None  # of image files of more than 8 bits: the values that became 0 and 255
 
   @property
   def about(self) -> str:
@@ -141,9 +142,9 @@ def keep(path:Path, split:str, options:tuple, key:str, write) -> Dataset:
   heldout = n < len(labels)
   half = int(heldout and split == "test")
   part = slice(n, None) if half else slice(n)
-  limits = tuple(text["limits"]) if text["limits"] else None
+  limits, span = [tuple(v) if (v := text.get(k)) else None for k in ("limits", "span")]
   return dataset(images[part], labels[part], text["classes"], text["crc"][half], limits=limits, heldout=heldout,
-                 said=tuple(text["said"]), left=tuple(text["left"]))
+                 said=tuple(text["said"]), left=tuple(text["left"]), span=span)
 
 def unpack(f:BinaryIO) -> tuple[np.ndarray, dict]:
   """The images, mapped, and the text of an array file. ValueError if it is damaged."""

@@ -225,8 +225,9 @@ def check_images(meta:dict, path:str|os.PathLike):
     return whole(v.get("multiple", 1)) and v.get("fit", "crop") in fit and v.get("mode") in mode and (
       size is None or whole(size) or isinstance(size, list) and len(size) == 2 and all(map(whole, size)))
   def some(v) -> bool: return isinstance(v, list) and all(isinstance(n, int) for n in v)
-  known:dict[str, Callable] = {"untrained": some, "limits": lambda v: v is None or numbers(v), "classes": names,
-                               "how": how, "dataset": lambda v: v is None or isinstance(v, str)}
+  known:dict[str, Callable] = {
+    "limits": lambda v: v is None or numbers(v), "span": lambda v: v is None or numbers(v) and v[0] < v[1],
+    "classes": names, "untrained": some, "how": how, "dataset": lambda v: v is None or isinstance(v, str)}
   for k, right in known.items():
     if k in meta and not right(meta[k]):
       raise ValueError(f"{path}: what it says of its images is damaged: {k} = {str(meta[k])[:80]}")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 import contextlib, errno, functools, hashlib, io, json, math, os, re, stat, warnings, zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -168,12 +168,15 @@ def values(img:Image.Image) -> np.ndarray:
   if not np.isfinite(x).all(): raise ValueError("numbers that are not finite")
   return x
 
-def brightness(depths:list[tuple[float, float, float]]) -> tuple[tuple[float, float], tuple[str, ...]]:
-  """The values that become black and white, of all images of more than 8 bits, and what is to be said.
+def brightness(depths:list[tuple[float, float, float]],
+               span:Sequence[float]|None=None) -> tuple[tuple[float, float], tuple[str, ...]]:
+  """The values that become black and white, of all images of more than 8 bits, and what is to be said. span: those of
+  the set that a model was trained on, which are then taken.
 
   White is the greatest possible value, or the greatest that there is if that is below half of it. Of floats the
   greatest possible value is 1 or 255, if none is beyond. Black is 0, or the least value if that is below."""
   if not depths: return (0, 255), ()
+  if span: return (span[0], span[1]), (f"values from {span[0]:g} to {span[1]:g} made 0 to 255, as for training",)
   lo, hi, top = (pick(row) for pick, row in zip((min, max, max), zip(*depths)))
   if math.isinf(top): top = next((t for t in (1, 255) if hi <= t), hi)
   if hi < top / 2: top = hi
@@ -237,7 +240,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   colours = brightest = 0
   if found:
     to = plan([m.shape for m in of], size, multiple, fit)
-    span, words = brightness([m.depth for m in of if m.depth])
+    span, words = brightness(depths := [m.depth for m in of if m.depth])
     to = to._replace(span=span, gray=mode == "gray" or mode is None and all(m.gray for m in of))
     said += [*to.said, *words]
   def rows() -> Iterator[tuple[int, np.ndarray]]:
@@ -266,4 +269,4 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
     left.append(f"{len(names)} of {len(items)} images cannot be read, {why}: {', '.join(names[:5])}{more}")
   again = {"key": ""} if set(broken) & set(map(os.strerror, errno.errorcode)) else {}  # a disk may answer the next time
   return {"train": train, "labels": [item.label for item in kept], "classes": classes, "crc": crcs, "limits": None,
-          "said": said, "left": left} | again
+          "span": span if depths else None, "said": said, "left": left} | again

@@ -209,7 +209,7 @@ def test_a_network_of_the_users_own(tmp_path):
   {"limits": [1]}, {"limits": "0, 1"}, {"limits": [0, "b"]}, {"limits": [0, math.nan]}, {"how": 3},
   {"how": {"sizes": 8}}, {"classes": [1, 2]}, {"classes": "ab"}, {"dataset": ["a"]}, {"how": {"multiple": 0}},
   {"how": {"multiple": "x"}}, {"how": {"size": {"a": 1}}}, {"how": {"size": [None, 8]}}, {"how": {"size": 1.5}},
-  {"how": {"fit": ["crop"]}}, {"how": None}, {"classes": None}])
+  {"how": {"fit": ["crop"]}}, {"how": None}, {"classes": None}, {"span": [1, 1]}, {"span": 9}, {"untrained": 1}])
 def test_what_a_file_says_of_its_images_is_looked_at(wrong, tmp_path):
   right = {"limits": [0, 1.5], "how": {"size": [8, 8], "fit": "pad"}, "classes": ["a", "b"], "dataset": "a/b"}
   model = random_model()

@@ -10,8 +10,8 @@ from engine.batches import ahead
 from engine.capture import placed
 from engine.state import State
 from engine.terminal import run as program
-from extras import objectives
-from files import checkpoint, pictures
+from extras import editing, objectives
+from files import checkpoint, hub, pictures
 from files.weights import read_tensors, write_tensors
 from PIL import Image
 from tinygrad import Device, GlobalCounters, Tensor, dtypes, helpers, nn
@@ -831,6 +831,22 @@ def test_a_folder_is_trained_on_at_the_size_that_is_said_and_read_as_then(tmp_pa
   meta = about(tmp_path/"run"/"ema.safetensors")
   assert meta["how"] == {"size": [8, 4], "fit": "pad", "mode": None, "multiple": 1} and meta["dataset"] == str(source)
   refused(lambda: train.fit(config(tmp_path/"run", steps=2, image_size=(8, 4)), str(source), model=own), "other images")
+
+def test_an_image_of_more_than_8_bits_is_as_bright_as_in_training(tmp_path, capsys):
+  """By the same white, also where its own brightest pixel is darker; a mask has its own."""
+  ramp = lambda top: np.linspace(0, top, 64).astype(np.uint16).reshape(8, 8)
+  (tmp_path/"train").mkdir()
+  for i, top in enumerate((4095, 1500)): Image.fromarray(ramp(top)).save(tmp_path/"train"/f"{i}.png")
+  train.fit(config(tmp_path/"run", steps=1), str(tmp_path/"train"), model=affine())
+  meta = about(tmp_path/"run"/"ema.safetensors")
+  assert meta["span"] == [0, 4095]
+  hub.check_images(meta, "run")
+  file, want = str(tmp_path/"train"/"1.png"), np.rint(ramp(1500) / 4095 * 255)
+  assert (data.read(tmp_path/"train").images[1, 0] == want).all()
+  assert (editing.read([file], (1, 8, 8), meta["how"], meta["span"])[0, 0] == want).all()
+  assert "values from 0 to 4095 made 0 to 255, as for training" in capsys.readouterr().err
+  photo, mask = editing.read_mask(file, file, (1, 8, 8), meta["how"], meta["span"])
+  assert (photo[0, 0] == want).all() and (mask[0, 0] == (ramp(1500) / 1500 * 255 > 127)).all()
 
 @pytest.mark.parametrize("times", ("uniform", "weighted"))
 def test_held_out_loss(tmp_path, monkeypatch, times):
