@@ -161,7 +161,7 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   unused = [k for k in "labels no_clip naive against ode samples_t raw".split() if vars(a)[k]]
   if a.samples and unused: p.error(f"--samples: leave out --{unused[0].replace('_', '-')}")
   check_places(a.json, a.nearest and quality.beside(a.samples))
-  keep([a.samples, a.dataset, *a.against], a.json)
+  keep([a.samples], a.json, a.nearest and quality.beside(a.samples))
   return a
 
 def report_bound(T:int, b:Bound, how:str) -> dict:
@@ -187,7 +187,6 @@ def main(argv:list[str]|None=None):
   if a.samples_t is None: a.samples_t = min(20, ddpm.T - 1)
   if max(a.samples_t, a.ode or 0) > ddpm.T: raise ValueError(f"this model has but {ddpm.T} times")
   name, found = open_images(a, a.split, path, net, meta)
-  quality.say(name, found, a.split)
   if found.limits: raise ValueError(f"{name} is not made of the 256 levels that Eq. 13 needs")
   if (a.n or 0) > len(found.images): raise ValueError(f"--n {a.n}: {name} has {len(found.images)}")
   index = choose(len(found.images), a.n or 256, a.seed, "evaluated images")

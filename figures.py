@@ -1,7 +1,7 @@
 """The paper's figures and tables from a trained model: python figures.py 5 (rate and distortion), 6
 (progressive generation), 7 (shared latents), 8 (interpolation), table4 (Figure 5 as a table), and
 table2, which trains six small models: what is predicted, with which loss."""
-import argparse, functools, itertools, sys
+import argparse, functools, itertools, math, sys
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -109,7 +109,7 @@ def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test i
 def table_2(a:argparse.Namespace):
   """Table 2's rows on a small budget, in bits/dim (the paper's columns are IS and FID)."""
   name, given = a.dataset or "glyphs", {"steps": a.steps, "seed": a.seed, "data-dir": a.data_dir}
-  more = ["--min-snr=0", *(f"--{k}={v}" for k, v in given.items() if v)]
+  more = ["--min-snr=0", f"--dtype={a.dtype}", *(f"--{k}={v}" for k, v in given.items() if v)]
   rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
   for predict, (loss, sigma) in rows:
     out = f"runs/table2/{Path(name).stem}-{predict}-{loss}-{sigma}"
@@ -117,7 +117,7 @@ def table_2(a:argparse.Namespace):
                 sigma, "--no-class-conditional", "--sample-every", "0", *more])
     asked = argparse.Namespace(**vars(a) | {"checkpoint": out, "dataset": name, "steps": None})
     value, error = mean_error(measured(asked, 500)[1].total)
-    print(f"{predict:>4}  L_{loss:<7}  {sigma:>8}  {value:9.4f} ± {error:.4f} bits/dim")
+    print(f"{predict:>4}  L_{loss:<7}  {sigma:>8}  {value:9.4f} ± {error or math.nan:.4f} bits/dim")
 FIGURES:dict[str, Callable[[argparse.Namespace], None]] = {
   "5": figure_5, "6": figure_6, "7": figure_7, "8": figure_8, "table2": table_2, "table4": table_4}
 
@@ -133,18 +133,18 @@ def main(argv:list[str]|None=None):
   add("--images", nargs="+", metavar="FILE", help="8: two for each row, else test images")
   add("--dataset", help="default: the checkpoint's; table2: glyphs")
   add("--data-dir", help="where the dataset's files are")
-  add("--out", default="figure.png", help="the picture (%(default)s); 5: beside it a .csv")
+  add("--out", help="the picture (figure.png); 5: beside it a .csv")
   a = p.parse_args(argv)
   of = dict(k="7", at="8", ddim="8", images="8", steps="6 7 8 table2", checkpoint="5 6 7 8 table4",
-            dataset="5 8 table2 table4", data_dir="5 8 table2 table4")
+            dataset="5 8 table2 table4", data_dir="5 8 table2 table4", out="5 6 7 8")
   for flag, which in of.items():
     if vars(a)[flag] and a.which not in which.split():
       raise ValueError(f"--{flag.replace('_', '-')} is for figures.py {which.replace(' ', ', ')}")
   if a.images and (a.n or a.dataset): raise ValueError("--images: leave out --n and --dataset")
-  places = [a.out] + [str(Path(a.out).with_suffix(".csv"))] * (a.which == "5")
+  places = [out := a.out or "figure.png"] + [str(Path(out).with_suffix(".csv"))] * (a.which == "5")
   editing.keep(a.images or (), *places)
   sample.check_places(*places)
-  FIGURES[a.which](a)
+  FIGURES[a.which](argparse.Namespace(**vars(a) | {"out": out}))
   if a.which.isdigit(): print("wrote " + ", ".join(places), file=sys.stderr)
 
 if __name__ == "__main__": run(main)

@@ -103,10 +103,9 @@ SAMPLERS:dict[str, Callable[..., Visits]] = {"ddpm": sample_ddpm} | {
 def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
   hosts.take_device(open_device(a.tf32))
-  outs = [vars(a).get(k) for k in ("out", "npz", "gif", "png", "json")]
-  editing.keep([path := checkpoint.find(a.checkpoint, a.raw)], *outs)
+  path = checkpoint.find(a.checkpoint, a.raw)
   net, meta = checkpoint.load(path, a.raw)
-  for name in (meta.get("dataset"), vars(a).get("dataset")): editing.keep_set(name, *outs)
+  editing.keep_all(a, path, meta)
   return path, lower(net, DTYPES[a.dtype]), checkpoint.diffusion(meta, path), meta
 
 def open_images(a:argparse.Namespace, split:str, path:str, net:UNet,
@@ -116,6 +115,7 @@ def open_images(a:argparse.Namespace, split:str, path:str, net:UNet,
   name, shape = a.dataset or meta.get("dataset"), image_shape(net)
   if not name: raise ValueError(f"{path} does not name its images: say which by --dataset")
   found = editing.read_set(name, split, a.data_dir, shape[1:], meta)
+  editing.say(name, found, split)
   if found.images.shape[1:] == shape: return name, found
   raise ValueError(f"the images of {name} are {found.images.shape[1:]}, those of {path} {shape}")
 

@@ -164,6 +164,14 @@ def keep(given:Sequence[str|None], *outs:str|None):
   names = [Path(out).resolve() for out in filter(None, outs)]
   if len({*names}) < len(names): raise ValueError("two of the files to be written have one name: choose another")
 
+def keep_all(a:argparse.Namespace, path:str|None, meta:dict, *outs:str|None):
+  """`keep` for what a command reads: a model, with the run's folder that it lies in, and datasets. meta: the model's;
+  outs: what is written besides what the flags a name."""
+  outs = *outs, *(vars(a).get(k) for k in ("out", "npz", "gif", "png", "json"))
+  run = [Path(path).with_name(k) for k in ("log.jsonl", "last.safetensors", "ema.safetensors")] if path else []
+  keep([path, *(str(file) for file in run if file.exists())], *outs)
+  for name in (meta.get("dataset"), vars(a).get("dataset"), *vars(a).get("against", ())): keep_set(name, *outs)
+
 def keep_set(name:str|None, *outs:str|None):
   """`keep` for a dataset of one's own; ValueError also if a file would be written into its folder."""
   if not name or name in data.DATASETS: return
@@ -171,6 +179,13 @@ def keep_set(name:str|None, *outs:str|None):
   for out in filter(None, outs if os.path.isdir(path) else ()):
     if Path(out).resolve().is_relative_to(Path(path).resolve()):
       raise ValueError(f"{out} would lie among the images of {name}: choose another place")
+
+def say(name:str, found:data.Dataset, split:str="train"):
+  """Says on stderr how a dataset was read, what it left out, and whether images for testing were asked of one that has
+  none apart."""
+  said = [*found.said, *found.left]
+  if split == "test" and not found.heldout: said.append("it is not split into train and test: all of it is taken")
+  if said: print(f"{name}: {'; '.join(said)}", file=sys.stderr)
 
 def asked(a:argparse.Namespace) -> list[str]:
   """The image files that are to be edited, none without such a flag."""

@@ -1,5 +1,5 @@
 """How samples and outliers are told from images. evaluate.py's --against and --samples."""
-import argparse, sys
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -11,7 +11,7 @@ from engine.device import open_device
 from engine.streams import stream
 from engine.terminal import number, table
 from extras import lenet
-from extras.editing import read_set
+from extras.editing import keep_all, read_set, say
 from files import checkpoint
 from files.atomic import write_json
 from files.pictures import picture
@@ -65,11 +65,12 @@ def compare_samples(a:argparse.Namespace):
   a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint. With one, --checkpoint
   says how they are read.
   ValueError for samples that are no such images, and for LeNets without classes to learn."""
-  made, meta = data.read(a.samples), {}
+  made, meta, path = data.read(a.samples), {}, None
   say(a.samples, made)
   if a.checkpoint or a.lenet or a.nearest or not a.dataset: hosts.take_device(open_device(a.tf32))
   if (a.n or 0) > len(made.images): raise ValueError(f"--n {a.n}: {a.samples} has {len(made.images)}")
-  if a.checkpoint or not a.dataset: meta = checkpoint.load(checkpoint.find(a.checkpoint))[1]
+  if a.checkpoint or not a.dataset: meta = checkpoint.load(path := checkpoint.find(a.checkpoint))[1]
+  keep_all(a, path, meta, a.nearest and beside(a.samples))
   if not (name := a.dataset or meta.get("dataset")):
     raise ValueError("the checkpoint does not name its images: say which by --dataset")
   found, known = (read_set(name, split, a.data_dir, made.images.shape[2:], meta) for split in (a.split, "train"))
@@ -100,13 +101,6 @@ def compare_samples(a:argparse.Namespace):
 def beside(samples:str) -> str:
   """Where the picture of --nearest goes."""
   return str(Path(samples).with_suffix(".nearest.png"))
-
-def say(name:str, found:data.Dataset, split:str="train"):
-  """Says on stderr how a dataset was read, what it left out, and whether images for testing were asked of one that has
-  none apart."""
-  said = [*found.said, *found.left]
-  if split == "test" and not found.heldout: said.append("it is not split into train and test: all of it is taken")
-  if said: print(f"evaluate.py: {name}: {'; '.join(said)}", file=sys.stderr)
 
 def values(found:data.Dataset) -> np.ndarray:
   """The images as they were before `data.read` scaled them."""

@@ -29,7 +29,7 @@ def load(path:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   OSError or ValueError, in one sentence, for what cannot be read, is damaged, or is no network of this program."""
   path = find(str(path) or ".", raw)
   if os.path.isdir(path): return hub.load(path, raw)
-  if path.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")): refuse_pickle(path)
+  if path.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")) and os.path.exists(path): refuse_pickle(path)
   if not os.path.exists(path) and not path.endswith(".safetensors") and download.is_name(path):
     return hub.load(download.model(path, raw), raw)
   readers, metadata = open_tensors(path)

@@ -239,9 +239,11 @@ def numbered(labels:Any, n:int) -> tuple[np.ndarray, list[str]]:
   if labels.shape not in ((n,), (n, 1)): raise ValueError(f"labels of shape {labels.shape} for {n} images")
   labels = labels.reshape(n)
   if labels.dtype.kind == "S" or all(isinstance(label, str) for label in labels):
+    if labels.dtype.kind == "S": labels = np.char.decode(labels, "utf-8", "replace")
     names, labels = np.unique(labels.astype(str), return_inverse=True)
     return labels.astype(np.int32), names.tolist()
-  try: whole = labels.astype(np.int64)
+  try:
+    with np.errstate(invalid="ignore"): whole = labels.astype(np.int64)
   except (ValueError, TypeError, OverflowError): whole = np.full(n, -1)
   if not (whole == labels).all() or whole.min() < 0 or whole.max() > 99_999:
     raise ValueError("labels should be whole numbers from 0 to 99999, or words")

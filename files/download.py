@@ -5,7 +5,7 @@ from typing import Any, BinaryIO
 from tinygrad import helpers
 from files.atomic import atomic
 from files.bar import progress
-from files.hub import INDICES, NETWORKS, WEIGHTS, find_network, find_weights, read_json, shards
+from files.hub import NETWORKS, WEIGHTS, find_network, find_weights, read_json, shards
 from files.weights import converting, open_tensors
 
 YES = ("1", "true", "yes", "on")
@@ -54,9 +54,9 @@ def fetched(name:str, url:str, folder:Path, theirs:Path, raw:bool) -> Path:
   if place is None:
     raise OSError(f"{name!r} is neither a file nor a folder here, and the hub has no config.json of that name (404)")
   any(map(get, ("scheduler/scheduler_config.json", "scheduler_config.json")))
-  for file in WEIGHTS+INDICES:  # last, so that where they are all is
+  for file in WEIGHTS:  # last, so that where they are all is
     if not get(place+file): continue
-    for part in shards(folder/place/file) if file in INDICES else ():
+    for part in shards(folder/place/file) if file.endswith(".json") else ():
       if not get(place+part.name): raise OSError(f"the hub lacks {part.name} of {name!r}")
     return folder
   raise OSError(f"the hub has no {WEIGHTS[0]} of {name!r}, and a pickle is not loaded: if it has a .bin, where PyTorch "
@@ -126,6 +126,7 @@ def receive(url:str, f:BinaryIO, tag:Path, desc:str):
   ConnectionError if it breaks off."""
   begun, request = f.tell(), urllib.request.Request(url, headers={"User-Agent": "ddpm"})
   if token := os.environ.get("HF_TOKEN", "").strip():
+    if not (token.isascii() and token.isprintable()): raise ValueError("HF_TOKEN is no token")
     request.add_unredirected_header("Authorization", f"Bearer {token}")
   if begun and tag.is_file() and (version := tag.read_text()):
     for key, value in (("Range", f"bytes={begun}-"), ("If-Range", version)): request.add_header(key, value)

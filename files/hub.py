@@ -76,7 +76,7 @@ SAME = {"in_channels": "in_channels", "layers_per_block": "num_res_blocks", "nor
 SCHEDULES = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
 SIGMAS = {"fixed_large": "beta", "fixed_small": "beta_tilde", "fixed_small_log": "beta_tilde"}
 PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-OURS = ("classes", "limits")  # of a checkpoint's description: diffusers has no place for them
+OURS = ("classes", "limits", "untrained", "span", "how")  # of a checkpoint's description, unknown to diffusers
 
 def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
   """config.json and scheduler_config.json of a model. ValueError for what diffusers has no name for."""
@@ -147,6 +147,7 @@ def from_diffusers(config:dict, path:Path) -> dict:
 def from_scheduler(config:dict, path:Path) -> dict:
   """DDPM's arguments and whether x̂_0 is clipped, from a scheduler_config.json. ValueError naming what there is not."""
   c = SCHEDULER | config
+  if config.get("predict_epsilon") is False: c = c | {"prediction_type": "sample"} | config  # its name before
   check = functools.partial(supported, path, c)
   T, betas = c["num_train_timesteps"], c["trained_betas"]
   check("_class_name", c["_class_name"] in ("DDPMScheduler", "DDIMScheduler"), "DDPMScheduler and DDIMScheduler")
@@ -165,15 +166,18 @@ def from_scheduler(config:dict, path:Path) -> dict:
 
 # *** folders ***
 
-WEIGHTS = [f"diffusion_pytorch_model{v}.safetensors" for v in ("", ".fp16")]
-INDICES = [f"diffusion_pytorch_model.safetensors.index{v}.json" for v in ("", ".fp16")]
+# its tensors, in one file or in those of an index; of 16 bits only where there are no others
+WEIGHTS = [f"diffusion_pytorch_model{v}" for v in (
+  ".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")]
 NETWORKS = ("unet_ema/", "unet/", "")  # where a network may be in a folder; the averaged weights come first
 
 def save(folder:str|os.PathLike, model:UNet, meta:dict|None=None):
   """Writes a pipeline that diffusers opens: unet/, scheduler/, model_index.json.
 
-  OSError if it cannot, ValueError for what the layout cannot hold."""
+  OSError if it cannot, ValueError for what the layout cannot hold, and for a folder that has averaged weights already,
+  which come before these."""
   folder, meta = Path(folder), meta or {}
+  if (folder/NETWORKS[0]).exists(): raise ValueError(f"{folder} holds {NETWORKS[0]}, from which a model would be read")
   config, scheduler = to_diffusers(model, meta)
   state, null = nn.state.get_state_dict(model), meta.get("null_class", True)
   tensors = {k: to_theirs(state[ours].float().numpy(), k, null) for ours, k in diffusers_names(model).items()}
@@ -206,6 +210,7 @@ def load(folder:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   state = {names[ours]: v for ours, v in state.items()}
   for name, read in (pair for file in find_weights(place) for pair in open_tensors(file)[0].items()):
     for old, new in OLD_PARTS.items(): name = name.replace(f".{old}.", f".{new}.")
+    if name in readers: raise ValueError(f"{name} is in two of the files of {place}")
     readers[name] = functools.partial(to_ours, read, name, state[name].ndim if name in state else 0, null, flip)
   fill(state, readers, place)
   meta["unet"] = model.config
@@ -249,9 +254,7 @@ def find_network(folder:Path, raw:bool=False) -> Path:
 def find_weights(place:Path) -> list[Path]:
   """The files of its tensors: one, or those of an index. ValueError if there are none."""
   for name in WEIGHTS:
-    if (place/name).is_file(): return [place/name]
-  for name in INDICES:
-    if (place/name).is_file(): return shards(place/name)
+    if (place/name).is_file(): return shards(place/name) if name.endswith(".json") else [place/name]
   for path in sorted(place.glob("*.bin")): refuse_pickle(path)
   raise ValueError(f"{place} holds no {WEIGHTS[0]}")
 

@@ -1,6 +1,6 @@
 """The published datasets and their mirrors, and glyphs, drawn on the spot."""
 from __future__ import annotations
-import contextlib, gzip, hashlib, http.client, io, math, os, tarfile, urllib.request, zlib
+import contextlib, gzip, hashlib, http.client, io, math, os, sys, tarfile, urllib.request, zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -46,6 +46,8 @@ def published(name:str, split:str, data_dir:str|os.PathLike|None) -> Dataset:
   """A split of "glyphs" or of a published dataset, from data_dir, $DATA_DIR, the cache or a mirror."""
   if name == "glyphs": return dataset(*glyphs(split), list(CLASSES[name]), heldout=True)
   if data_dir is not None and not os.path.isdir(data_dir): raise FileNotFoundError(f"{data_dir} is no data folder")
+  if (given := os.environ.get("DATA_DIR")) and not os.path.isdir(given):
+    print(f"DATA_DIR: {given} is no folder", file=sys.stderr)
   if name == "cifar10": return cifar10(split, data_dir)
   return dataset(*mnist(name, split, data_dir), list(CLASSES[name]), heldout=True)
 

@@ -17,7 +17,7 @@ from ddpm import DDPM
 from engine.capture import captured, placed
 from engine.streams import normals, stream
 from engine.terminal import parser, run
-from extras.guidance import labelling
+from extras.guidance import labelling, trained
 from files.atomic import atomic
 from sample import SAMPLERS, check_places, draw_x_T, image_shape, open_model, timesteps
 from tools.bench import calls, source
@@ -68,10 +68,10 @@ def chain(ddpm:DDPM, sampler:str, steps:int) -> dict:
   return dict(sampler=sampler, steps=steps, times=d.times.tolist()) | {
     name: [float(f"{v:.9g}") for v in table.astype(np.float32)] for name, table in tables.items()}
 
-def answers(ddpm:DDPM, net:unet.UNet, clip:bool, known:bool) -> dict:
+def answers(ddpm:DDPM, net:unet.UNet, clip:bool, known:bool, classes:np.ndarray) -> dict:
   """For #test: what Python draws by both samplers, with guidance if the network knows it; its x_T and each step's z."""
   w, steps, x_T, made = 2 if known else 1, min(STEPS, ddpm.T), draw_x_T(TESTED, image_shape(net), seed=0), []
-  model = labelling(net, w, known)(np.arange(TESTED) % max(1, net.config["num_classes"]))
+  model = labelling(net, w, known)(np.resize(classes, TESTED))
   for sampler in ("ddpm", "ddim"):
     *_, (_, x_0, _) = SAMPLERS[sampler](ddpm, model, x_T, steps, clip=clip)
     made.append(chain(ddpm, sampler, steps) | dict(w=w, x_0=text(x_0.numpy())))
@@ -101,7 +101,7 @@ def make(net:unet.UNet, ddpm:DDPM, meta:dict) -> str:
   model = dict(shape=image_shape(net), T=ddpm.T, predict=ddpm.predict, clip=clip, known=known,
                classes=meta.get("classes") or [*map(str, range(classes))], chains=[chain(ddpm, *c) for c in chains],
                about=description(net, ddpm, meta), licence=Path(here.parents[1], "LICENSE").read_text(),
-               **answers(ddpm, net, clip, known), **network(net))
+               own=(own := trained(classes, meta)).tolist(), **answers(ddpm, net, clip, known, own), **network(net))
   filling = json.dumps(model, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
   return here.with_suffix(".template.html").read_text().replace("MODEL", filling)
 

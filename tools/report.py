@@ -58,7 +58,7 @@ def device(r:Report) -> str:
   packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("tinygrad", "numpy", "pillow"))
   facts |= {"DEV": os.environ.get("DEV", ""), "sizes": "small" if r.small else "full", "platform": platform.platform(),
             "processors": os.cpu_count(), "python": f"{platform.python_version()}, {packages}"}
-  commands = {"commit": "git rev-parse HEAD"} if (ROOT/".git").exists() else {}
+  commands = {"commit": "git rev-parse HEAD"} if (ROOT/".git").exists() and shutil.which("git") else {}
   if shutil.which("nvidia-smi"): commands |= {
     "cards": "nvidia-smi -L", "driver": "nvidia-smi --query-gpu=driver_version,memory.total,power.limit --format=csv"}
   for name, command in commands.items(): facts[name] = (call(r, *command.split()) or "").strip().replace("\n", "; ")
