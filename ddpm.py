@@ -148,7 +148,7 @@ class DDPM:
     return self.squared_error(x0, x_t, t, eps, model(x_t, t)).mean()
   def squared_error(self, x0:Tensor, x_t:Tensor, t:Time, eps:Tensor, out:Tensor) -> Tensor:
     """Eq. 14 before its expectation: the mean of (target − answer)² in each example, (B,)."""
-    same_shape(x0=x0, out=(out := self.answer(x0, out)))
+    same_shape(x0=x0, eps=eps, out=(out := self.answer(x0, out)))
     return (self.target(x0, x_t, t, eps) - out).square().flatten(1).mean(1)
   def target(self, x0:Tensor, x_t:Tensor, t:Time, eps:Tensor) -> Tensor:
     """What the network should answer: ε (Eq. 14), μ̃ (Eq. 8, 9, 10), x_0 or v, see `predict`."""
@@ -184,7 +184,7 @@ class DDPM:
       if known.dtype.kind not in "iu" or known.min() < 1 or known.max() > self.T or known.ndim > 1:
         raise ValueError(f"a time must be whole numbers within 1..{self.T}, not {known.tolist()}")
       t = Tensor(known.astype(np.int32)) if known.ndim else Tensor(np.full(x.shape[0], t, np.int32))
-    if t.shape == x.shape[:1] and dtypes.is_int(t.dtype): return t.to(x.device)
+    if t.shape == x.shape[:1] and dtypes.is_int(t.dtype): return t.cast(dtypes.int32).to(x.device)
     raise ValueError(f"a time must be an int tensor {x.shape[:1]}, not {t.dtype} {t.shape}")
 
 def discretized_log_likelihood(x0:Tensor, mean:Tensor, sigma:Tensor|float) -> Tensor:

@@ -15,7 +15,7 @@ import data
 from ddpm import DDPM
 from engine import hosts
 from engine.batches import drawing
-from engine.capture import captured, copied, placed
+from engine.capture import captured, copied, identity, placed
 from engine.device import open_device
 from engine.folder import claim
 from engine.streams import normals, stream
@@ -70,7 +70,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   index = first + np.arange(len(x_T)) if isinstance(first, (int, np.integer)) else np.array(first)
   if len(index) != len(x_T): raise ValueError(f"{len(index)} indices for {len(x_T)} images")
   rngs = [stream(seed, "z", int(i)) for i in index]
-  key = (ddpm, id(model), *times, clip, moves, *options.items(), start.shape, start.device)
+  key = (ddpm, *identity(model), *times, clip, moves, *options.items(), start.shape, start.device)
   step = {m: on_device(m, chain, model, clip, jits, (*key, i)) for i, m in enumerate(made)}
   def loop(x_t:Tensor) -> Visits:                  # 1: x_T ~ N(0, I)
     x0_hat = placed(np.zeros(x_t.shape, np.float32), str(x_t.device))

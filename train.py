@@ -2,7 +2,7 @@
 
 From top to bottom: what can be set; Algorithm 1's batch, loss and step; its loop; the command."""
 from __future__ import annotations
-import argparse, dataclasses, os, sys
+import argparse, dataclasses, inspect, os, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,8 +116,8 @@ def make_loss(ddpm:DDPM, c:Config) -> Callable[..., Tensor]:
     x0 = x if dtypes.is_float(x.dtype) else x.cast(dtypes.float32) / 127.5 - 1  # Section 3.3
     x_t = ddpm.q_sample(x0, t, eps)                           # √ᾱₜ x₀ + √(1−ᾱₜ) ε
     given = (y,) if c.class_conditional else ()
-    dropout = {"seed": seeds[0]} if seeds and isinstance(model, UNet) else {}
-    out = model(x_t, t, *given, **dropout)
+    seeded = isinstance(model, UNet) and "seed" in inspect.signature(model).parameters
+    out = model(x_t, t, *given, **({"seed": seeds[0]} if seeds and seeded else {}))
     if c.clip_x0: out = objectives.without_clipped(ddpm, x0, x_t, t, eps, out)
     if c.loss == "simple": each = ddpm.squared_error(x0, x_t, t, eps, out)  # ‖ε − ε_θ(xₜ, t)‖²
     else: each = ddpm.vlb_term(x0, x_t, t, out, clip=False)   # Σₜ Lₜ₋₁ / T on average

@@ -62,7 +62,7 @@ class UNet:
   def embed(self, t:Tensor, y:Tensor|None=None) -> Tensor:
     """Sines and cosines of (t−1) · frequency (the authors count from 0), through two layers."""
     half, null = self.config["channels"]//2, self.config["num_classes"]
-    angle = (t-1).float().reshape(-1, 1) * frequencies(half, self.config["freq_shift"], t.device)
+    angle = (t.float() - 1).reshape(-1, 1) * frequencies(half, self.config["freq_shift"], t.device)
     emb = self.time2(self.time1(angle.sin().cat(angle.cos(), dim=1)).silu())
     if null:  # not in the paper: plus row y of a table, as a product
       if y is None: y = t.full_like(null)

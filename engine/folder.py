@@ -137,12 +137,12 @@ def begin(c, state:State, fixed:dict) -> tuple[int, float]:
   if (ema := out/"ema.safetensors").exists() and not c.restart and step_of(ema) > c.save_every:
     raise ValueError(f"{out} has weights but no last.safetensors, from which a run goes on: use another --out, or "
                      "--restart to write over them")
-  cut(out/"log.jsonl", 0)
   if c.init:
     path = checkpoint.find(c.init)
     given = nn.state.get_state_dict(checkpoint.load(path)[0])
     said = begin_with(state, {k: v.numpy() for k, v in given.items()}, path)
     print(f"begins with the weights of {path}" + f"; {said}" * bool(said), file=sys.stderr)
+  cut(out/"log.jsonl", 0)
   return 0, 0.0
 
 def step_of(ema:Path) -> float:

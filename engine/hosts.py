@@ -46,6 +46,7 @@ def run(main:Callable[[], None]):
 def take_device(device:str):
   """Makes device k of this kind the default of process k of a host. (Of a processor, mpirun gives each some cores.)"""
   if (MPI := mpi()) is None: return
+  device = device.split(":")[0]  # it may be that of an earlier call
   k = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).rank % Device[device].count()
   if k: DEV.value = [dataclasses.replace(DEV.value[0], device=f"{device}:{k}"), *DEV.value]
 

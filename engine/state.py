@@ -1,7 +1,9 @@
 """The numbers that training changes: weights, their average (EMA), Adam's two moments and the gradient."""
 from __future__ import annotations
 import copy, itertools, math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+from typing import Any
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 from tinygrad.dtype import DType
@@ -22,7 +24,7 @@ class State:
     for k, v in nn.state.get_state_dict(model).items():
       if id(v) in seen: continue  # a tensor that has two names counts once
       if v.is_param and dtypes.is_float(v.dtype): weights[k] = v.numpy().astype(np.float32)
-      else: self.kept[k] = v.realize()
+      else: self.kept[k] = v.replace(v.to(Device.DEFAULT)).realize()
       seen.add(id(v))
     if not weights: raise ValueError("the model has no tensors of floats that could be trained")
     for array in weights.values(): hosts.same(array)
@@ -30,8 +32,10 @@ class State:
       hosts.same(array := np.array(v.numpy()))
       v.replace(Tensor(array, device=v.device).cast(v.dtype).realize())
     self.shapes = {k: v.shape for k, v in weights.items()}
+    own = getattr(model, "__dict__", {})  # a UNet has a type for its activations: perhaps that of another run
+    if isinstance(own.get("dtype"), DType) and "config" in own: model.dtype = dtypes.float32
     self.model, self.average, self.dtype, self.device = model, twin(model, self.kept), dtype, Device.DEFAULT
-    if dtype != dtypes.float32 and hasattr(model, "dtype"): model.dtype = dtype  # a UNet's, of its activations
+    if dtype != dtypes.float32 and "dtype" in own: model.dtype = dtype
     self.size = sum(v.size for v in weights.values())
     # each parameter begins at a multiple of 256 numbers, where every device can have a buffer begin
     self.starts = [0, *itertools.accumulate(v.size + -v.size % 256 for v in weights.values())]
@@ -116,8 +120,25 @@ class State:
       found.append(graph(*(placed(v[at], self.device) for v in batch)).numpy())
     return np.concatenate(found)[:n]
 
+def functions(of:Any, seen:set[int]) -> Iterator[FunctionType]:
+  """The functions that an object holds, at any depth."""
+  if isinstance(of, FunctionType): yield of
+  if id(of) in seen or isinstance(of, FunctionType | Tensor | type): return
+  seen.add(id(of))
+  inner = of.values() if isinstance(of, dict) else of if isinstance(of, list | tuple) else vars(of).values() if hasattr(
+    of, "__dict__") else ()
+  for v in inner: yield from functions(v, seen)
+
 def twin(model, kept:dict[str, Tensor]):
-  """A copy of a model, whose tensors are other objects but for those that are `kept`. The numbers are the same ones."""
+  """A copy of a model, whose tensors are other objects but for those that are `kept`. The numbers are the same ones.
+  ValueError if it cannot be copied; functions never are, so that one which knows the model's tensors would go on with
+  them."""
+  own = {id(v) for v in nn.state.get_state_dict(model).values()}
+  for f in functions(model, set()):
+    known = [nn.state.get_state_dict(cell.cell_contents) for cell in f.__closure__ or ()]
+    if any(id(v) in own for found in known for v in found.values()):
+      raise ValueError(f"the model holds a function, {f.__qualname__}, that uses its tensors: the average of its "
+                       "weights needs a method or a class instead")
   memo = {id(v): Tensor(v.uop) for v in nn.state.get_state_dict(model).values()} | {id(v): v for v in kept.values()}
   try: return copy.deepcopy(model, memo)
   except Exception as e: raise ValueError(f"the model cannot be copied for the average of its weights: {e}") from e

@@ -12,7 +12,7 @@ from tinygrad import Tensor
 import data
 from ddpm import DDPM, column
 from engine.batches import drawing
-from engine.capture import captured, placed
+from engine.capture import captured, identity, placed
 from engine.streams import normals, stream
 from engine.terminal import number
 from extras.samplers import Moves, at_time, denoise
@@ -60,7 +60,7 @@ def ddim_encode(ddpm:DDPM, model:Callable, x0:Tensor, times:Sequence[int], round
     eps = denoise(chain, network, x_t, t, False)[1]
     start = before - chain.at(chain.noise_std, t - 1, x_t) * eps
     return (at_time(chain, start / chain.at(chain.sqrt_alpha_bar, t - 1, x_t), eps, t),)
-  up = captured(step, jits, ("encode", ddpm, id(model), tuple(times), x0.shape, x0.device))
+  up = captured(step, jits, ("encode", ddpm, *identity(model), tuple(times), x0.shape, x0.device))
   x_t = x0.float()
   for t in progress(range(1, chain.T + 1), "encoding", chain.T):
     before, x_t = x_t.clone().realize(), x_t.clone().realize()  # a captured step takes no tensor twice

@@ -96,7 +96,7 @@ def check(c):
       raise ValueError(f"--fit is for images of your own: {c.dataset} comes in its own size")
   elif c.dataset and photos.is_dir() and Path(c.out).resolve().is_relative_to(photos.resolve()) and not begun:
     raise ValueError(f"--out {c.out} is in the dataset's own folder, where its pictures would become training images")
-  if not c.channel_mult: raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
+  if not len(c.channel_mult): raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
   if c.batch % c.accum: raise ValueError(f"--batch {c.batch} is no multiple of --accum {c.accum}")
   if c.min_snr and (c.predict, c.loss) != ("eps", "simple"):
     raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps, --loss simple")

@@ -24,7 +24,7 @@ def check(folder:Path, png:str|None, index:range, *outs:str|None):
   ValueError if one of them has the name of another file to be written."""
   for i in index if png else ():
     path = numbered(png, i)
-    if path.exists() and not folder.exists(): raise OSError(f"{path} is there already: name another folder")
+    if path.exists() and not (folder/"begun").exists(): raise OSError(f"{path} is there already: name another folder")
     for out in filter(None, outs):
       if path.name == Path(out).name and path.resolve() == Path(out).resolve():
         raise ValueError(f"{out} would be written over by image {i} of --png")
@@ -63,6 +63,7 @@ def finished(folder:Path) -> list[Path]:
 def save(folder:Path, start:int, images:np.ndarray, shown:np.ndarray, png:str|None, first:int):
   """Images (n, C, H, W) as a batch that begins at `start`, and what is shown of them, uint8 (frames, n, C, H, W), of
   which the last frame goes into files 000000.png ... of the folder `png`; their numbers begin at first + start."""
+  if png: (folder/"begun").touch()  # from here on there may be pictures in it
   for i, image in enumerate(pictures.visible(shown[-1]) if png else ()):
     pictures.save_png(numbered(png, first + start + i), pictures.picture(image))
   with atomic(folder/f"{start:09d}.npz") as f:  # last, so that all of a finished batch is there

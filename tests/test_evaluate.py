@@ -514,6 +514,15 @@ def test_samples_that_are_refused(compared, tmp_path, monkeypatch):
                 ["--n", 6]):
     refused(lambda flags=flags: compared(*good, *flags), flags[0])
   refused(lambda: compared(*good, "--json", "./good.npz"), "good.npz would be written over")
+  (tmp_path / "photos").mkdir()
+  np.savez(tmp_path / "photos" / "good.npz", arr_0=some_images(5, (4, 4, 1)))
+  Image.fromarray(some_images(1, (4, 4))[0]).save(tmp_path / "photos" / "a.png")
+  inside = "--samples", "photos/good.npz", "--dataset", "photos"
+  refused(lambda: compared(*inside, "--json", "photos/dataset.json"), "photos/dataset.json would lie among the images")
+  refused(lambda: compared(*inside, "--nearest", 2), "photos/good.nearest.png would lie among the images of photos")
+  assert sorted(f.name for f in (tmp_path / "photos").iterdir()) == ["a.png", "good.npz"]
+  (tmp_path / "c.safetensors").touch()
+  refused(lambda: compared(*good, "--checkpoint", "c.safetensors", "--json", "c.safetensors"), "written over")
   (tmp_path / "good.nearest.png").mkdir()
   refused(lambda: compared(*good, "--nearest", 2), "cannot write good.nearest.png")
   refused(lambda: compared("--ode-levels"), "--ode STEPS")

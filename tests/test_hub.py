@@ -267,6 +267,9 @@ def test_half_precision(tmp_path):
   write_tensors(tmp_path/"unet/diffusion_pytorch_model.fp16.safetensors",
                 {k: -v.astype(np.float16) for k, v in tensors.items()}, {})
   assert same(checkpoint.load(tmp_path)[0], model)  # the others come first
+  shutil.copytree(tmp_path, tmp_path/"parts", ignore=shutil.ignore_patterns("parts"))
+  divide(tmp_path/"parts"/"unet", f"{WEIGHTS}.index.json")
+  assert same(checkpoint.load(tmp_path/"parts")[0], model)  # also where they are in parts
   (tmp_path/"unet"/WEIGHTS).unlink()
   again = nn.state.get_state_dict(checkpoint.load(tmp_path)[0])
   for k, v in nn.state.get_state_dict(model).items(): close(again[k].numpy(), -v.numpy(), rtol=1e-3, atol=1e-6)
@@ -285,11 +288,26 @@ def test_files_that_are_divided(index, tmp_path):
   hub.save(tmp_path, model := random_model())
   divide(tmp_path/"unet", index)
   assert same(hub.load(tmp_path)[0], model)
+  tensors = read_tensors(tmp_path/"unet"/"part-0.safetensors")[0]
+  write_tensors(tmp_path/"unet"/"part-1.safetensors", tensors, {})
+  refused(lambda: hub.load(tmp_path), "is in two of the files", next(iter(tensors)))
   (tmp_path/"unet"/"part-1.safetensors").unlink()
   refused(lambda: hub.load(tmp_path), "part-1")
   for parts in ({"a": "../b.safetensors"}, {"a": 1}, 5):
     (tmp_path/"unet"/index).write_text(json.dumps({"weight_map": parts}))
     refused(lambda: hub.load(tmp_path), "weight_map")
+
+def test_what_else_a_file_says_of_its_images_comes_back(tmp_path):
+  said = {"classes": ["a", "b"], "untrained": [0], "span": [0, 4095], "how": {"size": [8, 8], "fit": "pad"}}
+  hub.save(tmp_path, random_model(num_classes=2), said)
+  assert checkpoint.load(tmp_path)[1].items() >= said.items()
+  (tmp_path/"unet_ema").mkdir()
+  refused(lambda: hub.save(tmp_path, TINY_MODEL), "unet_ema")
+
+def test_a_target_by_its_old_name(tmp_path):
+  for more, want in (({"predict_epsilon": False}, "x0"), ({"predict_epsilon": True}, "eps"),
+                     ({"predict_epsilon": False, "prediction_type": "v_prediction"}, "v")):
+    assert hub.from_scheduler(more, tmp_path)["ddpm"]["predict"] == want
 
 def test_a_pipeline_of_more_is_refused(tmp_path):
   hub.save(tmp_path, TINY_MODEL)

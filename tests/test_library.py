@@ -2,14 +2,15 @@
 import dataclasses, threading
 import numpy as np
 import pytest
-from common import ROOT, TINY, arr, close, f32, refused, rng
+from common import ROOT, TINY, arr, close, f32, random_model, refused, rng
 from engine.capture import captured
 from engine.state import State
+from extras import editing
 from files import checkpoint
 from files.weights import read_tensors, write_tensors
 from test_train import IMAGES, LABELS, Affine, about, affine, cache, config  # noqa: F401
 from test_train import contents, fit, losses, saved_step
-from tinygrad import Device, Tensor, nn
+from tinygrad import Device, Tensor, TinyJit, dtypes, nn
 from tinygrad.helpers import TRAINING
 import data, evaluate, sample, train
 from ddpm import DDPM
@@ -209,15 +210,60 @@ def test_a_frozen_dataclass_in_16_bits(tmp_path):
   fit(tmp_path, model=Frozen(f32(arr(1, 8, 8))), steps=2, dtype="bfloat16")
   assert saved_step(tmp_path) == 2
 
+def test_a_model_may_be_a_tinyjit():
+  """Used before or not: it becomes a part of the captured step."""
+  net, d, x_T = affine(), DDPM(5, 0.01, 0.5), sample.draw_x_T(2, (1, 8, 8), 0)
+  def draw(name, model): return np.stack([x.numpy() for _, x, _ in sample.SAMPLERS[name](d, model, x_T, 5)])
+  fresh, used = (TinyJit(lambda x, t: net(x, t).realize()) for _ in range(2))
+  for i in range(3): used(f32(arr(2, 1, 8, 8, seed=i)), Tensor(np.full(2, i + 1, np.int32)).realize())
+  for name in ("ddim", "ode"):
+    want = draw(name, net)
+    for jit in (fresh, used, fresh): close(draw(name, jit), want, rtol=1e-5, atol=1e-6)
+  x, t = f32(arr(2, 1, 8, 8, seed=9)), Tensor(np.full(2, 3, np.int32)).realize()
+  close(used(x, t).numpy(), net(x, t).numpy(), rtol=1e-5)     # and it is as it was
+
+def test_steps_that_are_kept_know_which_weights_they_have(tmp_path):
+  net, jits, d, x_T = affine(), {}, DDPM(5, 0.01, 0.5), sample.draw_x_T(2, (1, 8, 8), 0)
+  def draw(**kept): return np.stack([x.numpy() for _, x, _ in sample.SAMPLERS["ddim"](d, net, x_T, 5, **kept)])
+  before, n = draw(jits=jits), len(jits)
+  assert (draw(jits=jits) == before).all() and len(jits) == n
+  net.w.replace(f32(net.w.numpy() * 2))
+  assert np.abs(draw(jits=jits) - before).max() > 0.1 and (draw(jits=jits) == draw()).all()
+  encode = lambda **kept: editing.ddim_encode(d, net, x_T, [5, 3, 0], **kept).numpy()
+  before = encode(jits=jits)
+  net.w.replace(f32(net.w.numpy() / 2))
+  assert np.abs(encode(jits=jits) - before).max() > 0.01 and (encode(jits=jits) == encode()).all()
+
+def test_an_answer_that_is_the_input_is_each_steps_own():
+  d, x_T = DDPM(4, 0.1, 0.5, predict="x0"), sample.draw_x_T(2, (1, 2, 2), 0)
+  for name in ("ddpm", "ddim", "ode", "dpm"):
+    a, b = (np.stack([x0_hat.numpy() for *_, x0_hat in sample.SAMPLERS[name](d, model, x_T, 4, clip=False)])
+            for model in (lambda x, t: x, lambda x, t: x * 1.0000001))
+    close(a, b, rtol=1e-5, atol=1e-5)
+
+def test_a_network_that_was_in_16_bits_is_trained_in_those_that_are_asked_for():
+  small = dict(channel_mult=(1,), attn_resolutions=())
+  for dtype in (dtypes.float32, dtypes.bfloat16):
+    net = random_model(**small)
+    net.dtype = dtypes.bfloat16
+    state = State(net, dtype)
+    assert (state.model.dtype, state.average.dtype) == (dtype, dtypes.float32)
+
 class Broken:
   def __init__(self, **parts): self.__dict__.update(parts)
   def __call__(self, x, t): return (x * self.w).mean(1)
+
+class Lambdas:
+  """A copy of it would have the functions of the first, and so its weights."""
+  def __init__(self): self.w, self.layers = f32(arr(1, 8, 8)), [Tensor.relu, lambda x: x * 2, [lambda x: x * self.w]]
+  def __call__(self, x, t): return self.layers[-1][0](x)
 
 @pytest.mark.parametrize("model,words", [
   (Broken(), "no tensors"), (lambda x, t: x, "no tensors"), (Broken(w=Tensor([1, 2])), "no tensors of floats"),
   (Broken(w=f32(np.zeros(8)), lock=threading.Lock()), "cannot be copied"),
   (Broken(w=f32(np.zeros(8))), "shapes must agree"), (UNet(**TINY | {"image_size": 16}), "(1, 16, 16) (1, 8, 8)"),
-  (UNet(**TINY | {"in_channels": 3}), "(3, 8, 8) (1, 8, 8)")])
+  (UNet(**TINY | {"in_channels": 3}), "(3, 8, 8) (1, 8, 8)"),
+  (Lambdas(), "Lambdas.__init__.<locals>.<lambda> average")])
 def test_models_that_do_not_do(tmp_path, model, words):
   refused(lambda: fit(tmp_path/"run", model=model), *words.split())
   assert not (tmp_path/"run"/"last.safetensors").exists()

@@ -79,6 +79,16 @@ def test_what_is_finished_is_not_drawn_again(draw, tmp_path, monkeypatch, error)
   assert (tmp_path/"a.gif").read_bytes() == (tmp_path/"whole.gif").read_bytes()
   for i in range(10): assert (tmp_path/f"a/{i:06d}.png").read_bytes() == (tmp_path/f"whole/{i:06d}.png").read_bytes()
 
+def test_a_command_that_was_killed_before_its_first_picture_has_none(tmp_path):
+  """Those in its folder are another command's."""
+  (tmp_path/"a.parts").mkdir()
+  (tmp_path/"png").mkdir()
+  (tmp_path/"png"/"000001.png").touch()
+  refused(lambda: parts.check(tmp_path/"a.parts", tmp_path/"png", range(3)), "000001.png is there already")
+  parts.save(tmp_path/"a.parts", 0, np.zeros((1, 1, 4, 4), np.uint8), np.zeros((1, 1, 1, 4, 4), np.uint8),
+             tmp_path/"png", 0)
+  parts.check(tmp_path/"a.parts", tmp_path/"png", range(3))
+
 def test_a_file_that_is_gone_is_drawn_again(draw, tmp_path, monkeypatch):
   draw("whole", "--png whole")
   go_on = stop_after(monkeypatch, 2, KeyboardInterrupt())

@@ -237,6 +237,10 @@ def test_dropout_has_the_seeds_that_were_drawn():
   loss(net, *given)
   loss(net, *given[:4])
   assert net.seen[1] is None and np.array_equal(net.seen[0].numpy(), batch.seeds)
+  class Plain(UNet):
+    def __init__(self): pass
+    def __call__(self, x, t): return x
+  assert loss(Plain(), *given).shape == (4,)
   others = [train.draw(c, IMAGES, LABELS, 3, n).seeds for n in (1, 2)]
   assert len({*map(int, np.concatenate(others))}) == 8 and others[0].dtype == np.uint32
 
@@ -585,7 +589,9 @@ def test_a_run_can_begin_with_the_network_and_the_weights_of_another(tmp_path, w
     if anew: assert label.shape == (6, 32) and np.array_equal(arrays["ema.label"], label)
     assert not arrays["adam.m"].any() and not arrays["adam.v"].any()
   other = State(UNet(**train.network(dataclasses.replace(c, channels=16), IMAGES.shape, 3)))
+  (tmp_path/"log.jsonl").write_text('{"step": 1}')
   refused(lambda: folder.begin(c, other, {}), "--init", "another network")
+  assert (tmp_path/"log.jsonl").read_text() == '{"step": 1}'
 
 def test_what_no_flag_says_is_the_checkpoints(tmp_path, monkeypatch):
   """What files of other programs have: the norm's epsilon, heads of attention, padding, frequencies; another target."""

@@ -296,7 +296,8 @@ def test_the_arguments_and_the_names_of_the_weights():
 
 def test_a_time_may_be_one_int():
   model, x = random_model(channel_mult=(1,), image_size=2), Tensor(arr(2, 1, 2, 2))
-  close(model(x, 7).numpy(), model(x, Tensor(np.array([7, 7], np.int32))).numpy(), atol=1e-6)
+  want = model(x, Tensor(np.array([7, 7], np.int32))).numpy()
+  for t in (7, Tensor(np.array([7, 7], np.uint8))): close(model(x, t).numpy(), want, atol=1e-6)
 
 def test_head_channels_divide_every_level_that_has_attention():
   with pytest.raises(ValueError, match="16 channels do not divide by head_channels"):
