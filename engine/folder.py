@@ -137,6 +137,8 @@ def begin(c, state:State, fixed:dict) -> tuple[int, float]:
   if (ema := out/"ema.safetensors").exists() and not c.restart and step_of(ema) > c.save_every:
     raise ValueError(f"{out} has weights but no last.safetensors, from which a run goes on: use another --out, or "
                      "--restart to write over them")
+  old = [*out.glob("ema-[0-9]*.safetensors"), *out.glob("samples/*.png")] if c.restart else []
+  if old: print(f"{out}: {len(old)} files of the run before stay, as {old[0].relative_to(out)}", file=sys.stderr)
   if c.init:
     path = checkpoint.find(c.init)
     given = nn.state.get_state_dict(checkpoint.load(path)[0])

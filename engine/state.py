@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 from tinygrad.dtype import DType
+from tinygrad.engine.jit import JitError
 from tinygrad.helpers import Context
 from engine import hosts
 from engine.capture import captured, inside, placed
@@ -95,7 +96,11 @@ class State:
     size = (mine.stop - mine.start) // parts
     scale = size * batch[0][0].size if self.dtype == dtypes.float16 else 1
     def step(*given:Tensor) -> Tensor:
-      each = loss(self.model, *given)
+      before = {v: v.uop for v in self.kept.values()}
+      try: each = loss(self.model, *given)
+      except JitError:  # it reads the host and runs once more: what it gave to these is taken back
+        for v, uop in before.items(): v.uop = uop
+        raise
       found = (each.mean() * scale).gradient(*self.weights)
       for part, g in zip(self.gradients, found, strict=True):
         g = g.reshape(part.shape).float() / (scale * parts * hosts.size())

@@ -29,7 +29,7 @@ def start(folder:str|None):
 def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
   """tinygrad's f, which lowers and compiles a kernel, of several of them: lowered one by one, compiled together. BEAM's
   candidates are measured as soon as there is one."""
-  if f is not realize._compile_kernel: return [f(task) for task in tasks]
+  if f is search._try_compile: return [f(task) for task in tasks]
   with together() as later:
     try: made = [f(task) for task in tasks]
     finally:

@@ -193,6 +193,15 @@ def test_a_model_that_reads_the_host(tmp_path):
   fit(tmp_path, model=Model(*[getattr(affine(), k) for k in "wb"]), steps=3)
   assert len(set(losses(tmp_path))) == 3
 
+def test_a_step_that_runs_twice_counts_once(tmp_path):
+  """The first try, which cannot be captured, leaves nothing in tensors that are not trained."""
+  class Model(Affine):
+    def __call__(self, x, t): return self.norm(x) * self.w * float(t.numpy().mean() / 50) + self.b
+  model = Model(*[getattr(affine(), k) for k in "wb"])
+  model.norm = nn.BatchNorm(1)
+  fit(tmp_path, model=model, steps=3)
+  assert model.norm.num_batches_tracked.item() == 3
+
 def test_a_models_own_config_means_nothing_here(tmp_path):
   class Model(Affine):
     def __init__(self, width, depth=3):

@@ -556,13 +556,15 @@ def test_changed_settings_are_noted(tmp_path, capsys):
   assert len(log(tmp_path)) == 5
   refused(lambda: fit(tmp_path, steps=5, batch=16), "lr = 1e-09, not 0.001")
 
-def test_weights_that_are_kept(tmp_path):
+def test_weights_that_are_kept(tmp_path, capsys):
   fit(tmp_path, steps=5, keep_every=2)
   kept = sorted(f.name for f in tmp_path.glob("ema-*"))
   assert kept == ["ema-000002.safetensors", "ema-000004.safetensors"]
   fit(tmp_path/"to_2", steps=2)
   close(read_tensors(tmp_path/kept[0])[0]["w"], read_tensors(tmp_path/"to_2"/"ema.safetensors")[0]["w"], rtol=0)
   assert about(tmp_path/kept[0])["step"] == 2 and saved_step(tmp_path) == 5
+  fit(tmp_path, steps=1, restart=True)
+  assert "2 files of the run before stay, as ema-00000" in capsys.readouterr().err
 
 # *** --init ***
 
