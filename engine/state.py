@@ -1,8 +1,8 @@
 """The numbers that training changes: weights, their average (EMA), Adam's two moments and the gradient."""
 from __future__ import annotations
 import copy, itertools, math
-from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType
+from collections.abc import Callable, Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
@@ -96,10 +96,10 @@ class State:
     size = (mine.stop - mine.start) // parts
     scale = size * batch[0][0].size if self.dtype == dtypes.float16 else 1
     def step(*given:Tensor) -> Tensor:
-      before = {v: v.uop for v in self.kept.values()}
+      before = [(v, v.uop) for v in self.kept.values()]
       try: each = loss(self.model, *given)
       except JitError:  # it reads the host and runs once more: what it gave to these is taken back
-        for v, uop in before.items(): v.uop = uop
+        for v, uop in before: v.uop = uop
         raise
       found = (each.mean() * scale).gradient(*self.weights)
       for part, g in zip(self.gradients, found, strict=True):
@@ -125,23 +125,24 @@ class State:
       found.append(graph(*(placed(v[at], self.device) for v in batch)).numpy())
     return np.concatenate(found)[:n]
 
-def functions(of:Any, seen:set[int]) -> Iterator[FunctionType]:
-  """The functions that an object holds, at any depth."""
-  if isinstance(of, FunctionType): yield of
-  if id(of) in seen or isinstance(of, FunctionType | Tensor | type): return
-  seen.add(id(of))
-  inner = of.values() if isinstance(of, dict) else of if isinstance(of, list | tuple) else vars(of).values() if hasattr(
-    of, "__dict__") else ()
-  for v in inner: yield from functions(v, seen)
+def held(model) -> dict[int, Any]:
+  """All that a model holds, at any depth, by id."""
+  waiting, found = [model], dict[int, Any]()
+  while waiting:
+    if id(v := waiting.pop()) in found: continue
+    found[id(v)] = v
+    if isinstance(v, dict | list | tuple): waiting += v.values() if isinstance(v, dict) else v
+    elif not isinstance(v, Tensor | type | FunctionType | ModuleType): waiting += getattr(v, "__dict__", {}).values()
+  return found
 
 def twin(model, kept:dict[str, Tensor]):
   """A copy of a model, whose tensors are other objects but for those that are `kept`. The numbers are the same ones.
   ValueError if it cannot be copied; functions never are, so that one which knows the model's tensors would go on with
   them."""
-  own = {id(v) for v in nn.state.get_state_dict(model).values()}
-  for f in functions(model, set()):
-    known = [nn.state.get_state_dict(cell.cell_contents) for cell in f.__closure__ or ()]
-    if any(id(v) in own for found in known for v in found.values()):
+  parts = held(model)
+  for f in parts.values():
+    cells = f.__closure__ or () if isinstance(f, FunctionType) else ()
+    if any(id(c.cell_contents) in parts and nn.state.get_state_dict(c.cell_contents) for c in cells):
       raise ValueError(f"the model holds a function, {f.__qualname__}, that uses its tensors: the average of its "
                        "weights needs a method or a class instead")
   memo = {id(v): Tensor(v.uop) for v in nn.state.get_state_dict(model).values()} | {id(v): v for v in kept.values()}
