@@ -184,7 +184,7 @@ class DDPM:
       if known.dtype.kind not in "iu" or known.min() < 1 or known.max() > self.T or known.ndim > 1:
         raise ValueError(f"a time must be whole numbers within 1..{self.T}, not {known.tolist()}")
       t = Tensor(known.astype(np.int32)) if known.ndim else Tensor(np.full(x.shape[0], t, np.int32))
-    if t.shape == x.shape[:1] and dtypes.is_int(t.dtype): return t.cast(dtypes.int32).to(x.device)
+    if t.shape == x.shape[:1] and dtypes.is_int(t.dtype): return t.to(x.device)
     raise ValueError(f"a time must be an int tensor {x.shape[:1]}, not {t.dtype} {t.shape}")
 
 def discretized_log_likelihood(x0:Tensor, mean:Tensor, sigma:Tensor|float) -> Tensor:

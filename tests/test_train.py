@@ -226,6 +226,22 @@ def test_a_learned_variance_is_trained_where_clipping_mends_the_mean():
   r = d.beta_tilde[30] / math.exp(log_var)
   close(got, (r - 1 - math.log(r)) / 2 / math.log(2), rtol=1e-4)
 
+def test_noise_of_another_shape_is_refused():
+  x0, x_t, eps = (f32(arr(n, 1, 8, 8)) for n in (2, 2, 1))  # it would be the same for both images
+  with pytest.raises(ValueError, match="shapes must agree"): DDPM(T=50).squared_error(x0, x_t, 3, eps, x_t)
+
+def test_classes_without_an_image_are_not_shown(tmp_path):
+  """Labels counted from 1: of class 0 the network learns nothing."""
+  shown = []
+  class Model(Affine):
+    def __call__(self, x, t, y):
+      if len(x) == 36: shown.append(y)
+      return super().__call__(x, t, y)
+  model = Model(*[getattr(affine(), k) for k in "wb"])
+  fit(tmp_path, labels=LABELS + 1, model=model, class_conditional=True, steps=1, sample_every=1, T=3)
+  assert about(tmp_path/"ema.safetensors")["untrained"] == [0]
+  assert shown[0].numpy().tolist() == [1, 2, 3] * 12
+
 def test_dropout_has_the_seeds_that_were_drawn():
   """In training alone, whatever Config has: a network of one's own may have been made with another."""
   class Net(UNet):
