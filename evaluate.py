@@ -158,7 +158,8 @@ def arguments(argv:list[str]|None) -> argparse.Namespace:
   a = p.parse_args(argv)
   if (a.lenet or a.nearest) and not a.samples: p.error("--lenet, --nearest: add --samples FILE.npz")
   if a.ode_levels and not a.ode: p.error("--ode-levels: add --ode STEPS")
-  unused = [k for k in "labels no_clip naive against ode samples_t raw".split() if vars(a)[k]]
+  unused = [k for k in "labels no_clip naive against ode samples_t raw dtype".split()
+            if vars(a)[k] != p.get_default(k)]
   if a.samples and unused: p.error(f"--samples: leave out --{unused[0].replace('_', '-')}")
   check_places(a.json, a.nearest and quality.beside(a.samples))
   keep([a.samples], a.json, a.nearest and quality.beside(a.samples))

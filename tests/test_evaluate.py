@@ -511,7 +511,7 @@ def test_samples_that_are_refused(compared, tmp_path, monkeypatch):
   refused(lambda: compared("--samples", "good.npz", "--checkpoint", "c.safetensors"), "--dataset")
   good = "--samples", "good.npz", "--dataset", "set.npy"
   for flags in (["--labels"], ["--raw"], ["--ode", 3], ["--naive", 3], ["--against", "shifted"], ["--samples-t", 3],
-                ["--n", 6]):
+                ["--samples-t", 0], ["--dtype", "float16"], ["--n", 6]):
     refused(lambda flags=flags: compared(*good, *flags), flags[0])
   refused(lambda: compared(*good, "--json", "./good.npz"), "good.npz would be written over")
   (tmp_path / "photos").mkdir()

@@ -73,7 +73,7 @@ def test_each_latent_of_figure_7_has_a_class(command):
   kinds = (command.grids[-1][0].reshape(2, 4, 4, 256) > 127)[:, :, 1:].reshape(2, -1)
   assert (kinds == kinds[:, :1]).all() and kinds[0, 0] != kinds[1, 0]
 
-def test_figure_8(command):
+def test_figure_8(command, tmp_path):
   command("--at 1 --n 2", ["8"])
   images, columns = command.grids[-1]
   assert images.shape == (26, 1, 16, 16) and columns == 13
@@ -82,6 +82,8 @@ def test_figure_8(command):
   refused(lambda: command("--at 13", ["8"]), "--at 13", "T = 12")
   command("--n 1", ["8"])                                    # by default at T/2
   refused(lambda: command("--at 3 --dataset nothing", ["8"]), "nothing")
+  np.save(tmp_path/"one.npy", np.zeros((1, 16, 16), np.uint8))
+  refused(lambda: command(f"--at 3 --dataset {tmp_path}/one.npy", ["8"]), "two images")
 
 def test_figure_8_mixes_latents_of_one_noise(command, monkeypatch):
   d, n = DDPM(**command.meta["ddpm"]), 2
