@@ -102,7 +102,7 @@ SAMPLERS:dict[str, Callable[..., Visits]] = {"ddpm": sample_ddpm} | {
 # *** a trained model ***
 def open_model(a:argparse.Namespace) -> tuple[str, UNet, DDPM, dict]:
   """What --checkpoint means: its file, network, diffusion, and description. Opens the device."""
-  hosts.take_device(open_device(a.tf32))
+  open_device(a.tf32)
   path = checkpoint.find(a.checkpoint, a.raw)
   net, meta = checkpoint.load(path, a.raw)
   editing.keep_all(a, path, meta)

@@ -160,7 +160,7 @@ def fit(config:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) 
   name = str(images) if isinstance(images, str | os.PathLike) else None
   c = dataclasses.replace(config, dataset=name, out=folder.place(config.out, name))
   objectives.check(c)
-  hosts.take_device(open_device(c.tf32))
+  open_device(c.tf32)
   hosts.share(c.batch, c.accum)
   multiple = 2**(len(c.channel_mult) - 1) if model is None else 1
   how:dict[str, Any] = {"size": c.image_size, "fit": c.fit, "mode": c.mode, "multiple": multiple}

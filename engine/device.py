@@ -1,10 +1,11 @@
 """The device a program runs on."""
 from __future__ import annotations
-import contextlib, ctypes, os, shutil, sqlite3, sys
+import contextlib, ctypes, dataclasses, os, shutil, sqlite3, sys
 from pathlib import Path
 from typing import Any
 from tinygrad import Device, helpers
 from tinygrad.helpers import ALLOW_TF32, DEV
+from engine import hosts
 
 GIVEN = ALLOW_TF32.value  # $ALLOW_TF32
 
@@ -26,9 +27,24 @@ def is_processor(device:str) -> bool:
   cl.clGetDeviceInfo(opened.cl_dev, cl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
   return not kind.value & cl.CL_DEVICE_TYPE_GPU and bool(kind.value & cl.CL_DEVICE_TYPE_CPU)
 
+def own(kind:str, k:int) -> str:
+  """Opens device k of a kind, modulo their number. Of cards no other is opened: one may be for one process alone, and
+  tinygrad's own driver of NVIDIA's wants any two to reach each other."""
+  if k and kind in ("CUDA", "NV", "AMD", "HIP"):
+    with contextlib.suppress(Exception): return Device[f"{kind}:{k}"].device
+  k %= Device[kind].count()
+  return Device[f"{kind}:{k}" if k else kind].device
+
+def preferred(k:int) -> str:
+  """The kind of device where $DEV names none: CUDA, which heeds CUDA_VISIBLE_DEVICES, as tinygrad's own driver of these
+  cards does not; else the first that tinygrad finds."""
+  try: own("CUDA", k)
+  except Exception: return Device.DEFAULT
+  return "CUDA"
+
 def open_device(tf32:bool=False, silent:bool=False) -> str:
-  """Opens the device that $DEV names, else the first that tinygrad finds, and says on stderr which it is. For programs:
-  it sets environment variables, which processes that compile inherit.
+  """Opens the device that $DEV names, else `preferred`, and says on stderr which it is: in process k of a host, device
+  k of that kind. For programs: it sets environment variables, which processes that compile inherit.
 
   tf32: NVIDIA's tensor cores may round the operands of float32 products to 10 bits.
   tinygrad's CPU device is preferred to an OpenCL device that is the processor itself, because it starts sooner.
@@ -50,19 +66,27 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
   # no user can act on the warnings of a kernel's compiler: clang, also inside of PoCL
   os.environ.setdefault("CCC_OVERRIDE_OPTIONS", "#+-w")
   os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-w")
+  # on a weak card one graph may take longer than the 30 s after which tinygrad's own drivers give up
+  os.environ.setdefault("HCQDEV_WAIT_TIMEOUT_MS", "600000")
   missing = ("" if asked else "no GPU was found and ") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
     "apt-get install clang; macOS: xcode-select --install) or set CC to where it is"
+  os.umask(mask := os.umask(0o22))
   try:
-    device = Device[Device.DEFAULT].device
-    if not asked and device == "CL" and compiler and is_processor(device):
-      os.environ["DEV"] = DEV.value = "CPU"
-      device = Device["CPU"].device
-    uses_clang = device.startswith("CPU") and type(Device[device].renderer).__name__ == "ClangRenderer"
+    k = hosts.place()
+    kind = (DEV.device or preferred(k)).split(":")[0]
+    device = own(kind, k)
+    if not asked and kind == "CL" and compiler and is_processor(device): kind = device = Device["CPU"].device
+    renderer = type(Device[device].renderer).__name__
+    needed = {"NVCCRenderer": "nvcc", "HIPCCRenderer": "hipcc"}.get(renderer)
+    if needed and not shutil.which(needed): raise RuntimeError(f"no compiler was found, not even {needed}")
   except Exception as e:
     if (asked or "CPU").upper().startswith("CPU") and not compiler: raise RuntimeError(missing) from e
     raise RuntimeError(f"tinygrad cannot open the device DEV={asked} ({reason(e)[:400]})") from e
+  finally: os.umask(mask)  # tinygrad's search for cards on the bus sets it to 0
+  if not asked: os.environ["DEV"] = kind
+  if DEV.device != device: DEV.value = [dataclasses.replace(DEV.value[0], device=device), *DEV.value]
   # tinygrad would not miss it before the first kernel that its cache does not hold
-  if uses_clang and not compiler: raise RuntimeError(missing)
+  if device.startswith("CPU") and renderer == "ClangRenderer" and not compiler: raise RuntimeError(missing)
   if silent: return device
   opened = Device[device]
   name = f", {opened.device_name}" if hasattr(opened, "device_name") else ""

@@ -1,13 +1,12 @@
 """Several processes of one program, started by mpirun or srun, one for each device: not in the paper. MPI joins them,
 through mpi4py, which is imported only then. All call the functions below at the same places, and see the same files."""
 from __future__ import annotations
-import ctypes, dataclasses, functools, os, sys, time
+import ctypes, functools, os, sys, time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 import numpy as np
 from tinygrad import Device, Tensor
-from tinygrad.helpers import DEV
 from engine import terminal
 
 @functools.cache
@@ -43,12 +42,9 @@ def run(main:Callable[[], None]):
     else: sys.excepthook(type(e), e, e.__traceback__)
     MPI.COMM_WORLD.Abort(1)
 
-def take_device(device:str):
-  """Makes device k of this kind the default of process k of a host. (Of a processor, mpirun gives each some cores.)"""
-  if (MPI := mpi()) is None: return
-  device = device.split(":")[0]  # it may be that of an earlier call
-  k = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).rank % Device[device].count()
-  if k: DEV.value = [dataclasses.replace(DEV.value[0], device=f"{device}:{k}"), *DEV.value]
+def place() -> int:
+  """Which of its host's processes this is, from 0."""
+  return MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).rank if (MPI := mpi()) else 0
 
 def share(n:int, parts:int=1) -> slice:
   """This process's share of n examples. ValueError unless all get as many, in so many equal parts."""

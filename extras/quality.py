@@ -67,7 +67,7 @@ def compare_samples(a:argparse.Namespace):
   ValueError for samples that are no such images, and for LeNets without classes to learn."""
   made, meta, path = data.read(a.samples), {}, None
   say(a.samples, made)
-  if a.checkpoint or a.lenet or a.nearest or not a.dataset: hosts.take_device(open_device(a.tf32))
+  if a.checkpoint or a.lenet or a.nearest or not a.dataset: open_device(a.tf32)
   if (a.n or 0) > len(made.images): raise ValueError(f"--n {a.n}: {a.samples} has {len(made.images)}")
   if a.checkpoint or not a.dataset: meta = checkpoint.load(path := checkpoint.find(a.checkpoint))[1]
   keep_all(a, path, meta, a.nearest and beside(a.samples))

@@ -17,10 +17,11 @@ from tinygrad.uop.ops import Ops, UOp
 def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
 
 def prepare(device:str):
-  """What a device needs before parts of its buffers can be used; it stays (see opencl.py)."""
-  if plain() or not device.startswith("CL"): return
-  from fast import opencl
-  opencl.install()
+  """What OpenCL and WebGPU need before their buffers are used; it stays (see opencl.py, webgpu.py)."""
+  if plain() or not device.startswith(("CL", "WEBGPU")): return
+  if device.startswith("CL"): from fast import opencl as more
+  else: from fast import webgpu as more  # type: ignore[no-redef]
+  more.install()
 
 @functools.cache
 def changes(device:str, plainly:bool) -> list[tuple]:
@@ -30,6 +31,9 @@ def changes(device:str, plainly:bool) -> list[tuple]:
   if plainly: return found
   from fast import cores, gpu, quickstart
   if device.startswith("CPU"): found += compiler.changes() + cores.changes()
+  if device.startswith(("CL", "WEBGPU")):
+    from fast import memory
+    found += memory.changes()
   return found + gpu.changes() + quickstart.changes()
 
 def copied(v:Tensor, device:str) -> Tensor:

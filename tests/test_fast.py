@@ -1,13 +1,14 @@
 """What fast/ does to tinygrad: all cores, the quick start, and that none of it is needed or stays behind."""
 import contextlib, ctypes, os, platform, shutil, signal, sqlite3, subprocess, sys, threading, time
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import engine.capture, engine.device, fast, tinygrad.device, tinygrad.schedule
 import unet
-from common import ROOT, arr, close
+from common import ROOT, arr, close, rng
 from engine.capture import captured
 from engine.device import find_compiler, open_device
-from fast import clang, cores, cpu, gpu, opencl, quickstart, scope, threads, workers
+from fast import clang, cores, cpu, gpu, memory, opencl, quickstart, scope, threads, webgpu, workers
 from test_unet import conv_by_hand, kernels, softmax
 from tinygrad import Device, Tensor, dtypes, helpers
 from tinygrad.runtime.support.elf import elf_loader
@@ -470,6 +471,14 @@ def test_why_a_device_does_not_open(error, says, monkeypatch):
   with pytest.raises(RuntimeError) as e: open_device(silent=True)
   assert says in str(e.value) and "DEV=NV" in str(e.value)
 
+def test_a_card_without_a_compiler_is_one_sentence(monkeypatch):
+  """tinygrad would miss it at the first kernel."""
+  class HIPCCRenderer: pass
+  card = SimpleNamespace(device="AMD", count=lambda: 1, renderer=HIPCCRenderer())
+  monkeypatch.setattr(engine.device, "Device", {"AMD": card})
+  monkeypatch.setattr(engine.device, "shutil", SimpleNamespace(which=lambda name: None if name == "hipcc" else "x"))
+  with helpers.Context(DEV="AMD"), pytest.raises(RuntimeError, match="no compiler .* hipcc"): open_device(silent=True)
+
 def test_tf32_is_of_the_run_that_asks_for_it(monkeypatch):
   """A kernel for tensor cores is another with it."""
   for name in ("ALLOW_TF32", "CC", "CCC_OVERRIDE_OPTIONS", "POCL_EXTRA_BUILD_FLAGS"):
@@ -601,6 +610,44 @@ def test_a_core_does_not_go_on_after_one_was_interrupted():
 def test_a_containers_share_of_the_processor(text, n, tmp_path):
   (tmp_path/"cpu.max").write_text(text + "\n")
   assert cores.quota(str(tmp_path/"cpu.max")) == n and cores.quota(str(tmp_path/"none")) == 16
+
+# *** OpenCL and WebGPU ***
+
+@pytest.mark.parametrize("device,fewer", (("CL", True), ("WEBGPU:1", True), ("QCOM", False)))
+def test_buffers_are_used_again_when_nothing_needs_them_any_more(device, fewer, monkeypatch):
+  """A program of random calls computes what it did, each call being a sum of hashes here, in fewer buffers."""
+  monkeypatch.setattr(memory, "before", lambda linear, held: linear)
+  r, sink = rng(4), UOp(Ops.SINK)
+  held = [UOp.new_buffer(device, 4 + i, dtypes.float32) for i in range(3)]
+  made, calls = list(held), []
+  for _ in range(60):
+    read = [made[i] for i in r.integers(max(0, len(made) - 12), len(made), 2)] + [held[0]]
+    kind = r.choice([dtypes.int32, dtypes.float32])
+    written = held[1] if r.random() < 0.1 else UOp.new_buffer(device, int(r.integers(4, 7)), kind)
+    made.append(written)
+    calls.append(UOp(Ops.CALL, src=(sink, written, *read)))
+  calls.append(UOp(Ops.CALL, src=(sink, held[2], *made[-3:])))
+  def run(linear):
+    values = {b: i for i, b in enumerate(held)}
+    for call in linear.src: values[call.src[1]] = hash(tuple(values[b] for b in call.src[2:]))
+    return [values[b] for b in held], len(values)
+  linear = UOp(Ops.LINEAR, src=tuple(calls))
+  planned = memory.plan(linear, set(held))
+  (before, many), (after, few) = run(linear), run(planned)
+  assert before == after and (few < many / 2 if fewer else planned is linear)
+  kinds = [[(b.max_numel(), b.dtype, b.device) for b in call.src[1:]] for call in linear.src]
+  assert kinds == [[(b.max_numel(), b.dtype, b.device) for b in call.src[1:]] for call in planned.src]
+
+def test_a_number_for_webgpu_gets_one_buffer(monkeypatch):
+  class WebGpuDevice:
+    def create_uniform(self, val): return [val]
+  monkeypatch.setitem(sys.modules, "tinygrad.runtime.ops_webgpu", SimpleNamespace(WebGpuDevice=WebGpuDevice))
+  one, other = WebGpuDevice(), WebGpuDevice()
+  made = []
+  for _ in range(2):
+    webgpu.install()
+    made.append([device.create_uniform(v) for device in (one, other) for v in (1, 1.0, float("inf"), 2)])
+  assert all(a is b for a, b in zip(*made)) and len(set(map(id, made[0]))) == 8 and made[0][2] == [float("inf")]
 
 # *** the quick start ***
 

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from common import ROOT, close, random_model, refused, rng
-from tinygrad import Device, Tensor
+from tinygrad import Context, Device, Tensor
 from tinygrad.helpers import DEV
+import engine.device
 from engine import hosts
+from engine.device import open_device
 from files import checkpoint
 import evaluate, sample, train
 from test_train import cache  # noqa: F401
@@ -128,9 +130,31 @@ def test_each_process_of_a_host_has_a_device(monkeypatch):
     monkeypatch.setattr(hosts, "mpi", lambda world=world: SimpleNamespace(COMM_WORLD=world, COMM_TYPE_SHARED=0))
     monkeypatch.setattr(Device["PYTHON"], "count", lambda count=count: count, raising=False)
     try:
-      hosts.take_device("PYTHON")
-      assert Device.DEFAULT == name and Tensor([1.0]).device == name and (Tensor([1.0]) + 1).item() == 2
+      for _ in range(2):  # a program may open its device twice
+        assert open_device(silent=True) == Device.DEFAULT == name
+        assert Tensor([1.0]).device == name and (Tensor([1.0]) + 1).item() == 2
     finally: DEV.value = before
+
+@pytest.mark.parametrize("me,count,opened", ((0, 4, "CUDA"), (3, 4, "CUDA:3"), (3, 2, "CUDA:3 CUDA CUDA:1")))
+def test_a_process_opens_no_card_but_its_own(me, count, opened, monkeypatch):
+  """Without $DEV as well, where there is one of NVIDIA's."""
+  seen = []
+  class Devices(dict):
+    DEFAULT = "NV"
+    def __missing__(self, name):
+      seen.append(name)
+      os.umask(0)
+      kind, _, k = name.partition(":")
+      if kind != "CUDA" or int(k or 0) >= count: raise RuntimeError("no such card")
+      self[name] = SimpleNamespace(device=name, count=lambda: count, renderer=None)
+      return self[name]
+  monkeypatch.delenv("DEV", raising=False)
+  monkeypatch.setattr(engine.device, "Device", Devices())
+  monkeypatch.setattr(hosts, "place", lambda: me)
+  os.umask(mask := os.umask(0o27))
+  with Context(DEV=""):
+    assert open_device(silent=True) == DEV.device == opened.split()[-1] and os.environ["DEV"] == "CUDA"
+  assert list(dict.fromkeys(seen)) == opened.split() and os.umask(mask) == mask
 
 def test_a_step_on_paper():
   job, a = scale.Job(0.003, 25e6, 128), SimpleNamespace(fixed=2, bandwidth=25, latency=5, copy=20)
