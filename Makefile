@@ -20,7 +20,7 @@ page: setup
 	@$(PY) -m tools.page --checkpoint "$(CHECKPOINT)" $(ARGS)
 bench: setup
 	@$(PY) -m tools.bench $(ARGS)
-gpu-report: setup .venv/pytest
+gpu-report: .venv/pytest  # says what is wrong where the device does not open
 	@$(PY) -m tools.report $(ARGS)
 backends: setup .venv/pytest
 	@$(PY) -m tools.backends $(ARGS)

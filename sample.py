@@ -66,7 +66,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   for name in set(options) - set(inspect.signature(moves).parameters):
     raise ValueError(f"the sampler {moves.__name__} has no option {name!r}")
   made, noisy = moves(ddpm, chain, **options)
-  start = (x_T if isinstance(x_T, Tensor) else Tensor(np.asarray(x_T))).float().clone().realize()
+  start = x_T.float() if isinstance(x_T, Tensor) else Tensor(np.asarray(x_T, np.float32))
   index = first + np.arange(len(x_T)) if isinstance(first, (int, np.integer)) else np.array(first)
   if len(index) != len(x_T): raise ValueError(f"{len(index)} indices for {len(x_T)} images")
   rngs = [stream(seed, "z", int(i)) for i in index]
@@ -80,7 +80,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
         x_t, x0_hat = step[move](x_t, t, z)        # 4: xₜ₋₁ = 1/√αₜ (xₜ − βₜ/√(1−ᾱₜ) ε_θ) + σₜ z
       if t == 1: x_t = x0_hat                      # every sampler: x_0 = μ_θ(x_1, 1), Section 3.3
       yield int(chain.times[t - 1]), x_t, x0_hat   # 5: end for
-  return loop(start)                               # 6: return x_0
+  return loop(start.clone().realize())             # 6: return x_0
 
 def on_device(move:Callable, chain:DDPM, model:Callable, clip:bool, jits:dict|None,
               key:tuple) -> Callable[[Tensor, int, np.ndarray|Tensor], list[Tensor]]:

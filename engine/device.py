@@ -81,7 +81,8 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
     if needed and not shutil.which(needed): raise RuntimeError(f"no compiler was found, not even {needed}")
   except Exception as e:
     if (asked or "CPU").upper().startswith("CPU") and not compiler: raise RuntimeError(missing) from e
-    raise RuntimeError(f"tinygrad cannot open the device DEV={asked} ({reason(e)[:400]})") from e
+    which = " (a card is chosen by CUDA_VISIBLE_DEVICES=1 with DEV=CUDA, else by DEV=:1+AMD)" * (":" in asked)
+    raise RuntimeError(f"tinygrad cannot open the device DEV={asked} ({reason(e)[:400]}){which}") from e
   finally: os.umask(mask)  # tinygrad's search for cards on the bus sets it to 0
   if not asked: os.environ["DEV"] = kind
   if DEV.device != device: DEV.value = [dataclasses.replace(DEV.value[0], device=device), *DEV.value]

@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 import fast
 from fast import compiler, gpu
 from fast.clang import together
+from fast.cores import quota
 from tinygrad.codegen.opt import search
 from tinygrad.engine import realize, worker
 from tinygrad.helpers import PARALLEL
@@ -48,12 +49,13 @@ class Pool:
     self.folder:tempfile.TemporaryDirectory|None = None
     with contextlib.suppress(OSError): self.folder = tempfile.TemporaryDirectory()
     given = worker._WorkerContext(), start, (self.folder and self.folder.name,)
-    self.executor = concurrent.futures.ProcessPoolExecutor(PARALLEL.value, *given)
+    self.n = min(PARALLEL.value, quota())
+    self.executor = concurrent.futures.ProcessPoolExecutor(self.n, *given)
 
   def imap_unordered(self, f:Callable, tasks:Iterable) -> Iterator:
     # a process that these start inherits what is blocked: a signal to all of a program's cannot end it before `start`
     tasks, futures = list(tasks), list[concurrent.futures.Future]()
-    n = max(1, min(8, -(-len(tasks)//PARALLEL.value)))
+    n = max(1, min(8, -(-len(tasks)//self.n)))
     try:
       before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
       try: futures += [self.executor.submit(compiled, f, tasks[i:i+n]) for i in range(0, len(tasks), n)]

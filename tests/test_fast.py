@@ -641,7 +641,7 @@ def test_buffers_are_used_again_when_nothing_needs_them_any_more(device, fewer, 
 def test_a_number_for_webgpu_gets_one_buffer(monkeypatch):
   class WebGpuDevice:
     def create_uniform(self, val): return [val]
-  monkeypatch.setitem(sys.modules, "tinygrad.runtime.ops_webgpu", SimpleNamespace(WebGpuDevice=WebGpuDevice))
+  monkeypatch.setattr(webgpu, "Device", SimpleNamespace(get_class={"WEBGPU": WebGpuDevice}.get))
   one, other = WebGpuDevice(), WebGpuDevice()
   made = []
   for _ in range(2):

@@ -13,6 +13,7 @@ from tinygrad.engine.realize import estimate_uop, time_call
 from tinygrad.uop.ops import Ops, UOp
 import sample, train, unet
 from ddpm import DDPM
+from engine.batches import ahead
 from engine.capture import captured, placed
 from engine.device import open_device
 from engine.state import State
@@ -31,25 +32,28 @@ NETWORKS:dict[str, tuple[dict, Shape]] = {
 # *** what is measured or counted: one training step, one sampling step ***
 
 def training_step(state:State, c:train.Config, shape:Shape) -> Step:
-  """Algorithm 1, lines 2 to 5: a batch is drawn, its gradient is one graph, the update another."""
-  loss, update, steps = train.make_loss(DDPM(), c), train.make_update(state, c), itertools.count(1)
+  """Algorithm 1, line 5: the gradient of a batch is one graph, the update another. The next one is drawn meanwhile."""
+  loss, update = train.make_loss(DDPM(), c), train.make_update(state, c)
   images, labels = np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.zeros(shape[0], np.int32)
+  drawn = ahead(lambda n: train.draw(c, images, labels, 0, n), itertools.count(1))
   def once() -> list[Callable]:
-    n = next(steps)
-    state.gradient(loss, train.draw(c, images, labels, 0, n))
+    n, batch = next(drawn)
+    state.gradient(loss, batch)
     update(placed(np.array(train.rates(c, n), np.float32), state.device))
     return [state.graph, update]
   return once
 
 def sampling_step(state:State, c:train.Config, shape:Shape) -> Step:
-  """Algorithm 2, lines 3 and 4."""
+  """Algorithm 2, line 4; and line 3 of the next step, meanwhile if a card computes this one."""
   ddpm, model, rng = DDPM(), unet.lower(state.average, unet.DTYPES[c.dtype]), np.random.default_rng(0)
   def step(x_t:Tensor, t:Tensor, z:Tensor): return sample.ancestral_move(ddpm, model, x_t, t, z, True)
   graph = captured(step)
-  def noise() -> Tensor: return placed(rng.standard_normal(shape, np.float32), state.device)
-  x_T, T = noise(), placed(np.full(shape[0], ddpm.T, np.int32), state.device)
+  def noise() -> np.ndarray: return rng.standard_normal(shape, np.float32)
+  x_T, T = placed(noise(), state.device), placed(np.full(shape[0], ddpm.T, np.int32), state.device)
+  drawn = [noise()]
   def once() -> list[Callable]:
-    graph(x_T, T, noise())
+    graph(x_T, T, placed(drawn.pop(), state.device))
+    drawn.append(noise())
     return [graph]
   return once
 

@@ -61,6 +61,8 @@ def device(r:Report) -> str:
   commands = {"commit": "git rev-parse HEAD"} if (ROOT/".git").exists() and shutil.which("git") else {}
   if shutil.which("nvidia-smi"): commands |= {
     "cards": "nvidia-smi -L", "driver": "nvidia-smi --query-gpu=driver_version,memory.total,power.limit --format=csv"}
+  if shutil.which("rocm-smi"): commands |= {"AMD's cards": "rocm-smi --showproductname --csv"}
+  if sys.platform == "darwin": commands |= {"chip": "sysctl -n machdep.cpu.brand_string"}
   for name, command in commands.items(): facts[name] = (call(r, *command.split()) or "").strip().replace("\n", "; ")
   return "\n".join(f"- {k}: {v}" for k, v in facts.items())
 
