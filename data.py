@@ -50,9 +50,9 @@ def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
   for word, value, choices in (("split", split, ("train", "test")), ("fit", fit, dataset.FITS),
                                ("mode", mode or "gray", ("gray", "rgb"))):
     if value not in choices: raise ValueError(f"no {word} {value!r}: choose {', '.join(choices)}")
-  if size is not None: size = (int(size),) * 2 if np.ndim(size) == 0 else tuple(size)
-  if size is not None and (len(size) != 2 or min(size) < 1 or max(size) > 4096):
-    raise ValueError(f"a size of {'x'.join(map(str, size))}: choose 1 to 4096 pixels")
+  if size is not None: size = (size,) * 2 if np.ndim(size) == 0 else tuple(size)
+  if size is not None and (len(size) != 2 or any(side not in range(1, 4097) for side in size)):
+    raise ValueError(f"a size of {'x'.join(map(str, size))}: choose 1 to 4096 whole pixels")
   if not isinstance(source, str | os.PathLike):
     if mode: raise ValueError(f"mode {mode} is for files of images: an array keeps its channels")
     return dataset.from_array(source, labels, size, fit, multiple)

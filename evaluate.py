@@ -13,7 +13,7 @@ from tinygrad import Tensor
 import data
 from ddpm import DDPM
 from engine import hosts
-from engine.batches import choose, geometric, in_batches, mean_error, tensors
+from engine.batches import asked, choose, geometric, in_batches, mean_error, tensors
 from engine.capture import captured
 from engine.streams import stream
 from engine.terminal import number, parser, table
@@ -29,7 +29,7 @@ def variational_bound(ddpm:DDPM, model:Callable, x0:Tensor, noise:Callable[[int]
                       clip:bool=True) -> Tensor:
   """The variational bound, Eq. 5: L_T + Σ_{t>1} L_{t-1} + L_0 of each image, (B,) bits/dim.
   noise(t) is the ε of x_t. This is the bound as the paper writes it; `bound` estimates it."""
-  total = ddpm.prior_kl(x0)                                          # L_T
+  total, model = ddpm.prior_kl(x0), asked(ddpm, model)               # L_T
   for t in range(ddpm.T, 0, -1):                                     # L_{t-1}; at t = 1 L_0
     x_t = ddpm.q_sample(x0, at := ddpm.time(x0, t), noise(t))
     total = (total + ddpm.vlb_term(x0, x_t, at, model(x_t, at), clip)).realize()
@@ -49,7 +49,7 @@ def bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0, samples_t
   """Eq. 5 for images x0 (n, C, H, W), uint8 or on the 256 levels, with the terms of `times`.
   labels (n,), if given, become the model's third argument. Each image has its own noise and times,
   so the standard error of `total` includes both. ValueError for answers that are not finite."""
-  x0 = data.levels(x0)
+  x0, model = data.levels(x0), asked(ddpm, model)
   t, weight = times(ddpm.T, len(x0), seed, samples_t)
   def step(x0:Tensor, t:Tensor, eps:Tensor, *y:Tensor) -> Tensor:
     x_t = ddpm.q_sample(x0, t, eps)
@@ -104,7 +104,7 @@ def trajectory_bound(ddpm:DDPM, model:Callable, x0:np.ndarray|Tensor, seed:int=0
   The means agree: `sampled` sums to eq3 and `kl` to Eq. 5, with L_0 in the first column of both.
   Each KL varies less than the draw it replaces. Yet their sum may vary more than that of the draws,
   which are anticorrelated along a trajectory. x0, labels: see `bound`."""
-  x0 = data.levels(x0)
+  x0, model = data.levels(x0), asked(ddpm, model)
   def step(x0:Tensor, x_t:Tensor, t:Tensor, *y:Tensor) -> tuple[Tensor, ...]:
     out = model(x_t, t, *y).contiguous()
     mean, var, _ = ddpm.p_mean_var(x_t, t, out, clip)

@@ -14,7 +14,7 @@ from tinygrad import Tensor
 import data
 from ddpm import DDPM
 from engine import hosts
-from engine.batches import drawing
+from engine.batches import asked, drawing
 from engine.capture import captured, copied, identity, placed
 from engine.device import open_device
 from engine.folder import claim
@@ -68,7 +68,8 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
   made, noisy = moves(ddpm, chain, **options)
   start = x_T.float() if isinstance(x_T, Tensor) else Tensor(np.asarray(x_T, np.float32))
   index = first + np.arange(len(x_T)) if isinstance(first, (int, np.integer)) else np.array(first)
-  if len(index) != len(x_T): raise ValueError(f"{len(index)} indices for {len(x_T)} images")
+  if index.shape != (len(x_T),) or index.dtype.kind not in "iu":
+    raise ValueError(f"first must be a whole number, or one for each of {len(x_T)} images")
   rngs = [stream(seed, "z", int(i)) for i in index]
   key = (ddpm, *identity(model), *times, clip, moves, *options.items(), start.shape, start.device)
   step = {m: on_device(m, chain, model, clip, jits, (*key, i)) for i, m in enumerate(made)}
@@ -85,8 +86,7 @@ def sample_ddpm(ddpm:DDPM, model:Callable, x_T:Tensor|np.ndarray, steps:int|Sequ
 def on_device(move:Callable, chain:DDPM, model:Callable, clip:bool, jits:dict|None,
               key:tuple) -> Callable[[Tensor, int, np.ndarray|Tensor], list[Tensor]]:
   """A move as one captured step: (x_t, t as the chain counts, noise z) -> x_{t-1} and x̂_0."""
-  times = Tensor(chain.times.astype(np.int32)).realize()
-  def network(x:Tensor, t:Tensor) -> Tensor: return model(x, times.to(x.device)[t])
+  network = asked(chain, model)
   def step(x_t:Tensor, t:Tensor, z:Tensor) -> tuple[Tensor, ...]:
     return move(chain, network, x_t, t, z, clip)
   jit = captured(step, jits, key)

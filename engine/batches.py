@@ -2,7 +2,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import tqdm
@@ -22,12 +22,19 @@ def tensors(*arrays:np.ndarray|None) -> list[Tensor]:
   kinds = [(a, np.float32 if a.dtype.kind == "f" else np.int32) for a in arrays if a is not None]
   return [placed(a.astype(kind), Device.DEFAULT) for a, kind in kinds]
 
+def asked(chain:Any, model:Callable[..., Tensor]) -> Callable[..., Tensor]:
+  """model(x_t, t, …) as a DDPM asks it: at step t of a shorter chain (`every`) it is told the time of the whole one."""
+  if chain.times[-1] == chain.T: return model
+  times = Tensor(chain.times.astype(np.int32)).realize()
+  return lambda x, t, *y: model(x, times.to(x.device)[t], *y)
+
 def in_batches(step:Callable[[np.ndarray, Callable], np.ndarray], n:int, size:int, desc:str="",
                rounds:int=1) -> np.ndarray:
   """step(i, tick) -> (..., size) over all i of 0..n-1, `size` at a time: (..., n). What is beyond n-1, to fill up the
   last batch, is cut. desc: a bar with the time left, if stderr is a terminal; step calls tick(1) `rounds` times.
 
-  Each of several processes does as many batches, and gets the results of all."""
+  Each of several processes does as many batches, and gets the results of all. ValueError for a size below 1."""
+  if size < 1: raise ValueError(f"a batch of {size} images: choose 1 or more")
   size = min(size, math.ceil(n / hosts.size()))
   mine = math.ceil(math.ceil(n / size) / hosts.size()) * size
   starts = range(hosts.rank() * mine, (hosts.rank() + 1) * mine, size)
@@ -51,6 +58,7 @@ def mean_error(v:np.ndarray) -> tuple[float, float|None]:
 
 def geometric(T:int, n:int) -> np.ndarray:
   """n + 1 whole numbers from 1 to T, each above the one before, in a constant ratio as far as that allows."""
+  if n < 0 or n % 1: raise ValueError(f"{n} random times: choose a whole number, 0 or more")
   g = [1]
   for left in range(n, 0, -1): g.append(max(g[-1] + 1, round(g[-1] * (T / g[-1]) ** (1 / left))))
   return np.array(g)

@@ -11,6 +11,7 @@ def guided(model:Callable[[Tensor, Tensor, Tensor], Tensor], y:Tensor, w:float, 
   w = 1 is the plain conditional model, 0 the unconditional one, more than 1 guides (the paper's w is one less). What
   the network predicts, ε, x_0, μ or v, is linear in ε for one x_t, so the formula holds for each; a learned log σ²
   is mixed as well."""
+  w = float(w)  # a number of numpy's would take the tensors' product for its own
   if w == 1: return lambda x, t: model(x, t, y)
   nulls = y.full_like(null).contiguous().realize()
   if w == 0: return lambda x, t: model(x, t, nulls)
@@ -47,7 +48,7 @@ def all_equally(n:int, classes:int|np.ndarray, seed:int, first:int=0) -> np.ndar
   classes: K, for 0 to K−1, or their numbers (K,).
 
   x ~ Σ_y p(x | y) / K: each class comes once among K images. Images drawn without a label are worse."""
-  own = np.arange(classes) if isinstance(classes, int) else classes
+  own = np.arange(classes) if isinstance(classes, int | np.integer) else classes
   if not (K := len(own)): return np.zeros(n, np.int32)
   rounds = range(first // K, math.ceil((first + n) / K))
   orders = [stream(seed, "order of classes", i).permutation(own) for i in rounds]

@@ -5,7 +5,7 @@ import numpy as np
 from tinygrad import Tensor
 import data
 from ddpm import DDPM
-from engine.batches import in_batches, mean_error, tensors
+from engine.batches import asked, in_batches, mean_error, tensors
 from engine.capture import captured
 from engine.streams import stream
 from engine.terminal import table
@@ -25,7 +25,7 @@ def ode_log_density(ddpm:DDPM, model:Callable, x:np.ndarray|Tensor, steps:int, s
   if x.ndim != 4 or 0 in x.shape: raise ValueError(f"x must be points (n, C, H, W), not of shape {x.shape}")
   if not 1 <= steps <= ddpm.T: raise ValueError(f"steps must be a whole number from 1 to T = {ddpm.T}, not {steps}")
   shape, D = x.shape[1:], x[0].size
-  grid = ode_grid(ddpm, steps, start)
+  grid, model = ode_grid(ddpm, steps, start), asked(ddpm, model)
   (first, _), (last, _) = grid[0], grid[-1]
 
   def step(x:Tensor, s:Tensor, t:Tensor, v:Tensor, *y:Tensor) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ def check(c):
     if f.name == "schedule" and isinstance(v, list | tuple): continue  # one's own, which ddpm.py checks
     kind, known, what = type(f.default), True, ""
     if choices: known, what = isinstance(v, str) and v in choices or v is f.default, f"one of {', '.join(choices)}"
+    elif kind is bool: known, what = isinstance(v, bool | np.bool_), "True or False"
     elif kind is tuple:
       known = isinstance(v, list | tuple | range | np.ndarray) and all(isinstance(i, Integral) for i in v)
       what = f"whole numbers, as {f.default}"

@@ -34,7 +34,7 @@ def table(values:np.ndarray) -> Tensor: return Tensor(values.astype(np.float32))
 def ddim(ddpm:DDPM, chain:DDPM, eta:float=0.0) -> Moves:
   """DDIM, Song, Meng, Ermon 2021 (arXiv:2010.02502). η = 0 has no noise; η = 1 is Algorithm 2 with σ_t² = β̃_t."""
   within("eta", eta, 0, 1)
-  return [functools.partial(ddim_move, eta=eta)], eta > 0
+  return [functools.partial(ddim_move, eta=float(eta))], eta > 0
 
 def ddim_move(d:DDPM, model:Callable, x_t:Tensor, t:Tensor, z:Tensor, clip:bool, eta:float=0.0):
   """Eq. 12 of DDIM: x_{t-1} = √ᾱ_{t−1} x̂_0 + √(1−ᾱ_{t−1}−σ²) ε̂ + σ z with σ² = η² β̃_t, its Eq. 16.
@@ -108,7 +108,8 @@ def langevin(ddpm:DDPM, chain:DDPM, inner:int=5, r:float=0.2) -> Moves:
   """Annealed Langevin dynamics, NCSN (Song & Ermon 2019, arXiv:1907.05600), Algorithm 1: `inner` steps at each t.
 
   α_i/2 of NCSN is r (1−ᾱ_t) here. NCSN has r = 0.1 and 100 steps at each of 10 levels of noise; more levels and fewer
-  steps mix better with a larger r. As in NCSN, x is not rescaled between levels."""
+  steps mix better with a larger r. As in NCSN, x is not rescaled between levels, so what the
+  loop yields with t−1 has the noise of t."""
   within("inner", inner, 1, 10**6)
   if inner % 1: raise ValueError(f"inner must be a whole number, not {inner}")
   within("r", r, 1e-9, 1 - 1e-9)

@@ -7,7 +7,7 @@ import numpy as np
 from tinygrad import nn
 from ddpm import make_beta
 from files.atomic import atomic
-from files.weights import fill, open_tensors, refuse_pickle, write_tensors
+from files.weights import fill, open_tensors, plainly, refuse_pickle, write_tensors
 from unet import Conv, ResBlock, UNet
 
 # *** tensors ***
@@ -89,7 +89,7 @@ def to_diffusers(model:UNet, meta:dict) -> tuple[dict, dict]:
       if ours == d[key]: return theirs
     raise ValueError(f"diffusers has no name for {key} = {d[key]!r}")
   scheduler = SCHEDULER | {
-    "num_train_timesteps": d["T"], "beta_start": d["beta_1"], "beta_end": d["beta_T"],
+    "num_train_timesteps": int(d["T"]), "beta_start": d["beta_1"], "beta_end": d["beta_T"],
     "variance_type": named(SIGMAS, "sigma"), "prediction_type": named(PREDICTS, "predict"),
     "clip_sample": bool(meta.get("clip", True))}
   if str(d["schedule"]) in SCHEDULES.values(): scheduler["beta_schedule"] = named(SCHEDULES, "schedule")
@@ -176,17 +176,18 @@ def save(folder:str|os.PathLike, model:UNet, meta:dict|None=None):
 
   OSError if it cannot, ValueError for what the layout cannot hold, and for a folder that has averaged weights already,
   which come before these."""
-  folder, meta = Path(folder), meta or {}
+  folder, meta = Path(folder), json.loads(json.dumps(meta or {}, default=plainly))
   if (folder/NETWORKS[0]).exists(): raise ValueError(f"{folder} holds {NETWORKS[0]}, from which a model would be read")
   config, scheduler = to_diffusers(model, meta)
   state, null = nn.state.get_state_dict(model), meta.get("null_class", True)
   tensors = {k: to_theirs(state[ours].float().numpy(), k, null) for ours, k in diffusers_names(model).items()}
-  write_tensors(folder/"unet"/WEIGHTS[0], tensors, {})
   index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
            "unet": ["diffusers", "UNet2DModel"]}
-  for name, content in (("unet/config.json", config), ("scheduler/scheduler_config.json", scheduler),
-                        ("model_index.json", index)):
-    with atomic(folder/name) as f: f.write(json.dumps(content, indent=2).encode() + b"\n")
+  texts = {name: json.dumps(content, indent=2, default=plainly).encode() + b"\n" for name, content in (
+    ("unet/config.json", config), ("scheduler/scheduler_config.json", scheduler), ("model_index.json", index))}
+  write_tensors(folder/"unet"/WEIGHTS[0], tensors, {})
+  for name, text in texts.items():
+    with atomic(folder/name) as f: f.write(text)
 
 def load(folder:str|os.PathLike, raw:bool=False) -> tuple[UNet, dict]:
   """(model, meta) from a folder in diffusers' layout: of a network, of a pipeline, or a checkpoint of its training, of

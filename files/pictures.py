@@ -21,6 +21,7 @@ def save_gif(path:str|os.PathLike, frames:list[Image.Image], ms:int=60):
 def save_npz(path:str|os.PathLike, images:np.ndarray, labels:np.ndarray|None=None):
   """Samples for the field's evaluation programs: `arr_0`, uint8 or float32 (N, H, W, C), and `arr_1`, the labels."""
   check(images, (np.uint8, np.float32))
+  if labels is not None and len(labels) != len(images): raise ValueError(f"{len(labels)} labels, {len(images)} images")
   arrays = [np.ascontiguousarray(images.transpose(0, 2, 3, 1))] + ([] if labels is None else [np.asarray(labels)])
   with atomic(path) as f: np.savez(f, *arrays)
 

@@ -14,7 +14,7 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.ui
 def write_tensors(path:str|os.PathLike, tensors:dict[str, np.ndarray], meta:dict):
   """A safetensors file with `meta` as JSON in its header. OSError if it cannot be written."""
   names = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
-  about = json.dumps(meta, default=lambda v: np.asarray(v).tolist())  # a schedule may be an array
+  about = json.dumps(meta, default=plainly)
   header:dict[str, dict] = {"__metadata__": {"format": "pt", "ddpm": about}}
   offset = 0
   for k, v in tensors.items():
@@ -24,6 +24,10 @@ def write_tensors(path:str|os.PathLike, tensors:dict[str, np.ndarray], meta:dict
   with atomic(path) as f:
     f.write(len(head).to_bytes(8, "little") + head)
     for v in tensors.values(): f.write(v.tobytes())
+
+def plainly(v:object) -> object:
+  """What JSON has for numpy's numbers and arrays, such as a schedule, and for paths."""
+  return str(v) if isinstance(v, os.PathLike) else np.asarray(v).tolist()
 
 def read_tensors(path:str|os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """The tensors and the metadata of a safetensors file, all in memory. Errors as those of `open_tensors`."""

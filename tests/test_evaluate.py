@@ -39,6 +39,24 @@ def test_what_is_an_image():
     with pytest.raises(ValueError): data.levels(bad)
   with pytest.raises(ValueError, match="not finite"): bound(DDPM(2), lambda x, t: x * math.nan, k)
 
+def test_a_shorter_chain_tells_the_network_the_time_of_the_whole_one():
+  """Its numbers are those of a DDPM with its β as a schedule and of a network that counts as it does."""
+  d, visits, k = DDPM(12, 0.01, 0.4), [11, 8, 3, 2, 0], some_images(3)
+  c = d.every(visits)
+  same, model = DDPM(4, schedule=c.beta[1:].tolist()), gaussian_model(d, 0.2, 0.6)
+  counts, x0 = Tensor(np.array(visits[::-1], np.int32)).realize(), f32(scaled(k))
+  def own(x, t): return model(x, counts[t])
+  eps = lambda t: x0 * 0.3 + t / 9
+  for measure in (lambda d, m: bound(d, m, k).total, lambda d, m: trajectory_bound(d, m, k).eq3,
+                  lambda d, m: ode_bpd(d, m, k, 3).numpy(), lambda d, m: evaluate.variational_bound(d, m, x0, eps).numpy()):
+    close(measure(c, model), measure(same, own), rtol=1e-5)
+    assert np.abs(measure(c, model) - measure(same, model)).min() > 1e-3
+
+def test_numbers_of_terms_and_batches_that_are_none():
+  d, k = DDPM(5, 0.01, 0.4), some_images(2)
+  for wrong in (dict(samples_t=-1), dict(samples_t=2.5), dict(batch=0), dict(batch=-1), dict(seed=1.5), dict(seed=-1)):
+    refused(lambda wrong=wrong: bound(d, lambda x, t: x, k, **wrong), *wrong.values())
+
 def test_model_that_reads_the_host_is_not_captured():
   d, k = DDPM(2, 0.01, 0.5), some_images(2)
   host = lambda x, t: Tensor(x.numpy() * t.numpy().astype(np.float32).reshape(-1, 1, 1, 1) / 9)

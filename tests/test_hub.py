@@ -202,6 +202,14 @@ def test_schedulers_go_there_and_back(ours, theirs, tmp_path):
     meta = checkpoint.load(tmp_path)[1]
     assert {k: meta["ddpm"][k] for k in ours} == ours and meta["clip"] is clip
 
+def test_what_numpy_gives_is_written_as_json_has_it(tmp_path):
+  meta = {"ddpm": {"T": np.int64(9), "beta_T": np.float32(0.5)}, "classes": np.array(["a", "b"]), "clip": np.True_}
+  hub.save(tmp_path, random_model(num_classes=np.int64(2)), meta)
+  net, found = checkpoint.load(tmp_path)
+  assert found["classes"] == ["a", "b"] and found["ddpm"]["T"] == 9 and net.config["num_classes"] == 2
+  checkpoint.save(tmp_path/"a.safetensors", net, meta | {"dataset": tmp_path})
+  assert checkpoint.load(tmp_path/"a.safetensors")[1]["dataset"] == str(tmp_path)
+
 def test_the_same_betas():
   """Each of their schedules by its formula in diffusers."""
   def bar(u): return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2

@@ -28,10 +28,17 @@ def test_samplers_refuse_at_the_call(name):
     refused(lambda steps=steps: SAMPLERS[name](d, None, x, steps))
   wrong = {"ddim": {"eta": (-0.1, 1.1, math.nan)}, "pc": {"snr": (0, -1, math.nan)},
            "langevin": {"inner": (0,), "r": (0, 1, math.nan)}}.get(name, {})
-  for option, values in {"seed": (-1,), "first": ([1, 2, 3],), "nothing": (1,), **wrong}.items():
+  for option, values in {"seed": (-1, 1.5, None), "first": ([1, 2, 3], [0.5, 1], 1.5, None), "nothing": (1,), **wrong}.items():
     for value in values: refused(lambda o={option: value}: SAMPLERS[name](d, None, x, 5, **o),
                                  *["no option 'nothing'"] * (option == "nothing"))
   if name != "ddim": refused(lambda: SAMPLERS[name](d, None, x, 5, eta=0.5), "no option 'eta'")
+
+def test_options_may_be_numbers_of_numpy():
+  d, x_T, y = short(4), draw_x_T(2, (1, 2, 2), 0), at_times(1, 2)
+  def net(x, t, y): return x * 0.5 + column(y, x) / 4
+  def run(number): return last(SAMPLERS["ddim"](d, guided(net, y, number(2), 3), x_T, 4, eta=number(0.5)))
+  close(run(float), run(np.float64))
+  close(run(float), run(np.float32))
 
 @everywhere
 def test_image_i_is_the_same_bytes_in_any_batch(name, options):

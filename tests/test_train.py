@@ -365,7 +365,8 @@ def test_flags_out_of_range(flags, match):
   ({"loss": "mse"}, "--loss simple, mse"), ({"times": "even"}, "--times weighted"), ({"dtype": "float8"}, "--dtype"),
   ({"save_every": 0}, "--save-every"), ({"lr": -1.0}, "--lr"), ({"ema": 2.0}, "--ema"), ({"batch": 0}, "--batch"),
   ({"lr": math.nan}, "--lr"), ({"keep_every": -1}, "--keep-every"), ({"seed": -1}, "seed"),
-  ({"steps": 1.5}, "--steps whole, from 1"), ({"schedule": np.full(50, 0.1)}, "--schedule")])
+  ({"steps": 1.5}, "--steps whole, from 1"), ({"schedule": np.full(50, 0.1)}, "--schedule"),
+  ({"flip": "false"}, "--flip True or False"), ({"image_size": "8x8"}, "size of 8x8"), ({"image_size": 4.5}, "4.5")])
 def test_settings_that_do_not_go(tmp_path, changes, words):
   refused(lambda: fit(tmp_path/"run", **dict(beta_T=0.02) | changes), *words.split())
   assert not (tmp_path/"run").exists()
