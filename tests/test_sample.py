@@ -28,7 +28,8 @@ def test_samplers_refuse_at_the_call(name):
     refused(lambda steps=steps: SAMPLERS[name](d, None, x, steps))
   wrong = {"ddim": {"eta": (-0.1, 1.1, math.nan)}, "pc": {"snr": (0, -1, math.nan)},
            "langevin": {"inner": (0,), "r": (0, 1, math.nan)}}.get(name, {})
-  for option, values in {"seed": (-1, 1.5, None), "first": ([1, 2, 3], [0.5, 1], 1.5, None), "nothing": (1,), **wrong}.items():
+  wrong |= {"seed": (-1, 1.5, None), "first": ([1, 2, 3], [0.5, 1], 1.5, None), "nothing": (1,)}
+  for option, values in wrong.items():
     for value in values: refused(lambda o={option: value}: SAMPLERS[name](d, None, x, 5, **o),
                                  *["no option 'nothing'"] * (option == "nothing"))
   if name != "ddim": refused(lambda: SAMPLERS[name](d, None, x, 5, eta=0.5), "no option 'eta'")
