@@ -53,6 +53,7 @@ def read(source:Any, split:str="train", data_dir:str|os.PathLike|None=None,
   if size is not None: size = (size,) * 2 if np.ndim(size) == 0 else tuple(size)
   if size is not None and (len(size) != 2 or any(side not in range(1, 4097) for side in size)):
     raise ValueError(f"a size of {'x'.join(map(str, size))}: choose 1 to 4096 whole pixels")
+  size = size and tuple(map(int, size))
   if not isinstance(source, str | os.PathLike):
     if mode: raise ValueError(f"mode {mode} is for files of images: an array keeps its channels")
     return dataset.from_array(source, labels, size, fit, multiple)

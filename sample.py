@@ -162,8 +162,8 @@ def check_places(*paths:str|None):
   """OSError for a file that cannot be written: better now than after an hour."""
   for path in (path for path in paths if path is not None):
     there = Path(path).absolute()
-    folder = next(f for f in (there.parent, *there.parents) if f.exists())
-    if not path or there.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    folder, file = next(f for f in there.parents if f.exists()), there.is_file() or not there.exists()
+    if not (path and file and folder.is_dir() and os.access(folder, os.W_OK)):
       raise OSError(f"cannot write {path or 'a file without a name'}")
 
 def labels_of(a:argparse.Namespace, classes:int, meta:dict, path:str) -> np.ndarray:

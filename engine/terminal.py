@@ -1,6 +1,6 @@
 """A program at the terminal: numbers of its command line, and how it ends."""
 from __future__ import annotations
-import argparse, contextlib, math, signal, sqlite3, sys, threading
+import argparse, contextlib, math, os, signal, sqlite3, sys, threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def number(kind:type, low:float, high:float=math.inf) -> Callable[[str], float]:
     try: value = kind(text)
     except ValueError: value = math.nan
     if low <= value <= high: return value
-    limits = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+    limits = f"from {low:.15g} to {high:.15g}" if high < math.inf else f"of {low:.15g} or more"
     raise argparse.ArgumentTypeError(f"it takes {'a whole ' if kind is int else 'a '}number {limits}, not {text!r}")
   return parse
 
@@ -86,6 +86,7 @@ def insist(signum:int, frame:object):
 def run(main:Callable[[], None]):
   """Runs a program's main. What goes wrong is one sentence on stderr and exit status 1; Ctrl-C is 130."""
   program, before = Path(sys.argv[0]).name, {}
+  sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))  # they may be closed
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a shell's background
     before = {s: signal.signal(s, insist) for s in (signal.SIGINT, signal.SIGALRM)}
   try: main()

@@ -126,7 +126,7 @@ def keep(path:Path, split:str, options:tuple, key:str, write) -> Dataset:
   The file is an .npy file (the images for training, then those held out), and behind it a text in JSON and the text's
   length. One name for each path and options: a changed dataset takes the place of the one before."""
   whole = path.resolve()
-  name = whole.name.encode()[:200].decode(errors="ignore")  # a file's name has at most 255 bytes
+  name = os.fsencode(whole.name)[:200].decode(errors="ignore")  # a file's name has at most 255 bytes
   file = cache() / "decoded" / f"{name}-{zlib.crc32(repr((whole, options)).encode()):08x}.npy"
   try:
     with open(file, "rb") as f: images, text = unpack(f)

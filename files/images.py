@@ -15,7 +15,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".tif",
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]  # Pillow opens more kinds, some by other programs
 HELD_OUT = ("test", "val", "valid", "validation", "dev")  # beside train/, the first of them is the split "test"
 LIMIT = 1 << 28  # bytes: no single file in an archive is unpacked beyond it
-FORM = 3  # of what is kept in the cache
+FORM = 4  # of what is kept in the cache
 
 def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:int) -> Dataset:
   """A folder, a .zip, a .npy or an .npz file: see `data.read`."""
@@ -26,7 +26,8 @@ def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:
   if mode and not images: raise ValueError(f"mode {mode} is for files of images: {path} keeps the channels it has")
   with contextlib.ExitStack() as stack:
     source = Source(path, stack) if images else None
-    stamps = (source.stamps, source.closed) if source else (path.stat().st_size, path.stat().st_mtime_ns)
+    stamps:Any = path.stat().st_size, path.stat().st_mtime_ns
+    if source: stamps = source.stamps, source.closed, source.lost, source.twice
     key = hashlib.sha256(repr((FORM, options, stamps)).encode()).hexdigest()
     if source: write = functools.partial(decode_all, source, *options)
     else: write = functools.partial(convert_all, path, size, fit, multiple)
@@ -39,7 +40,8 @@ class Source:
 
   stamps: what changes if the images do."""
   def __init__(self, path:Path, stack:contextlib.ExitStack):
-    self.path, self.others, self.closed = path, Counter[str](), list[str]()
+    self.path, self.others = path, Counter[str]()
+    self.closed, self.lost, self.twice = list[str](), list[str](), list[str]()
     self.entries:dict[PurePath, zipfile.ZipInfo] = {}
     if path.is_dir():
       self.stamps = sorted(self.walk())
@@ -48,29 +50,44 @@ class Source:
       self.stamps = [(PurePath(), path.stat().st_size, path.stat().st_mtime_ns)]
       try: self.archive = stack.enter_context(zipfile.ZipFile(path))
       except Exception as e: raise ValueError(f"{path} cannot be read as a zip file: {reason(e)}") from e
-      self.entries = {PurePath(e.filename.replace("\\", "/")): e for e in self.archive.infolist() if not e.is_dir()}
+      self.entries = {entry(e): e for e in self.archive.infolist() if not e.is_dir()}
       found = sorted(name for name in self.entries if not any(map(hidden, name.parts)))
     self.tables = [name for name in found if name.name == "dataset.json"]
     self.names = [name for name in found if name.suffix.lower() in EXTENSIONS]
     for name in set(found) - set(self.names) - set(self.tables): self.others[name.suffix.lower() or "no suffix"] += 1
 
   def walk(self) -> Iterator[tuple[PurePath, int, int]]:
-    """Name, size and time of change of the files of a folder and its sub-folders; links are followed."""
+    """Name, size and time of change of the files of a folder and its sub-folders; links are followed, after what is
+    no link. What is not read goes to closed, lost and twice."""
     seen:set[str] = set()
     def closed(e:OSError) -> None: self.closed.append(f"{e.filename} ({e.strerror})")
     for folder, inner, files in os.walk(self.path, followlinks=True, onerror=closed):
       real, place = os.path.realpath(folder), Path(folder).relative_to(self.path)
-      inner[:] = [] if real in seen else [d for d in inner if not hidden(d)]
-      for file in () if real in seen else files:  # a link may lead back up
-        with contextlib.suppress(OSError):  # or to nowhere
-          about = os.stat(os.path.join(folder, file))
-          if stat.S_ISREG(about.st_mode) and not hidden(file): yield place / file, about.st_size, about.st_mtime_ns
+      if real in seen:  # a link may lead to what another name has, or back up
+        self.twice.append(str(place))
+        inner.clear()
+        continue
       seen.add(real)
+      inner[:] = sorted((d for d in inner if not hidden(d)), key=lambda d: (os.path.islink(os.path.join(folder, d)), d))
+      for file in sorted(file for file in files if not hidden(file)):
+        try: about = os.stat(os.path.join(folder, file))
+        except OSError: self.lost.append(str(place / file))
+        else:
+          if stat.S_ISREG(about.st_mode): yield place / file, about.st_size, about.st_mtime_ns
 
   def open(self, name:PurePath) -> IO[bytes]:
     if not self.entries: return open(self.path / name, "rb")
     if self.entries[name].file_size > LIMIT: raise ValueError("too large")
     return io.BytesIO(self.archive.read(self.entries[name]))
+
+def entry(e:zipfile.ZipInfo) -> PurePath:
+  """The name of a file in an archive. Without a flag for UTF-8 it is in CP437 by the standard; most programs write
+  UTF-8 all the same."""
+  name = e.filename.replace("\\", "/")
+  with contextlib.suppress(UnicodeError): name = name if e.flag_bits & 0x800 else name.encode("cp437").decode()
+  return PurePath(*(part for part in PurePath(name).parts if part != ".."))
+
+def some(names:list[str]) -> str: return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 def hidden(name:str) -> bool: return name.startswith((".", "__MACOSX"))
 
@@ -84,14 +101,15 @@ def arrange(source:Source) -> tuple[list[Item], list[str], list[str], list[str]]
   said:list[str] = []
   left:list[str] = []
   where = [name.parts for name in source.names]
-  while len({p[0] for p in where}) == 1 and min(lengths := [*map(len, where)]) > 1 and max(lengths) > 2:
-    where = [p[1:] for p in where]  # one folder around all
+  n = around(where)
+  where = [p[n:] for p in where]
   tops = {p[0].lower() for p in where if len(p) > 1}
   held = next((name for name in HELD_OUT if name in tops), None) if "train" in tops else None
   halves = [0] * len(where)
   if held:
     halves = [{"train": 0, held: 1}.get(p[0].lower(), -1) for p in where]
-    where = [p[1:] or p for p in where]
+    n = 1 + around([p[1:] for p, half in zip(where, halves) if half >= 0])
+    where = [p[n:] or p for p in where]
     said.append(f"{halves.count(0)} in train, {halves.count(1)} held out in {held}")
     if outside := halves.count(-1): left.append(f"{outside} images outside of train and {held} left out")
   words = [p[0] if len(p) > 1 else "" for p in where]
@@ -108,6 +126,12 @@ def arrange(source:Source) -> tuple[list[Item], list[str], list[str], list[str]]
     if "" in names and len(names) > 1: said.append(f"a class for the {words.count('')} images in no sub-folder")
   items = [Item(*row) for row in zip(source.names, labels, halves) if row[2] >= 0]
   return sorted(items, key=lambda item: item.half), classes, said, left
+
+def around(where:list[tuple[str, ...]]) -> int:
+  """How many folders, one in the other, there are around all images."""
+  n, lengths = 0, [*map(len, where)]
+  while min(lengths) > n + 1 and max(lengths) > n + 2 and len({p[n] for p in where}) == 1: n += 1
+  return n
 
 def listed(source:Source) -> tuple[list[int], list[str]]:
   """The labels that a dataset.json gives, {"labels": [[name, number], ...] or null}, as StyleGAN's and EDM's tools
@@ -153,15 +177,23 @@ def measure(f:IO[bytes]) -> Measured:
   img, reduced = open_image(f)
   (h, w), depth, frames = (img.height, img.width), None, getattr(img, "n_frames", 1)
   deep = any(";16" in str(tile[3]) for tile in getattr(img, "tile", []))
-  # (Pillow has turned a TIFF already, and looks for a PNG's only where it is decoded.)
-  turned = img.format != "TIFF" and (img.format != "PNG" or "exif" in img.info)
-  if turned and img.getexif().get(0x0112, 1) > 4: h, w = w, h
+  if may_be_turned(img, f) and img.getexif().get(0x0112, 1) > 4: h, w = w, h
   if img.mode[0] in "IF":
     x, top = values(img), {"I;": 65535., "I": 2.**31 - 1, "F": math.inf}[img.mode[:2]]
     depth = float(x.min()), float(x.max()), top
   if img.format == "MPO": frames = 1  # a camera's: the others are previews
   return Measured((h, w), bool(depth) or img.mode in ("1", "L", "LA"), depth, frames, reduced, deep and not depth,
                   not depth and img.has_transparency_data)
+
+def may_be_turned(img:Image.Image, f:IO[bytes]) -> bool:
+  """Whether there may be an orientation to follow: Pillow has turned a TIFF already. That of a PNG may lie behind the
+  pixels, and Pillow decodes them to find it, so here the file is looked through first."""
+  if img.format != "PNG" or "exif" in img.info: return img.format != "TIFF"
+  at = f.tell()
+  f.seek(0)
+  whole = f.read()
+  f.seek(at)
+  return any(word in whole for word in (b"eXIf", b"Raw profile", b"adobe.xmp"))
 
 def values(img:Image.Image) -> np.ndarray:
   x = np.asarray(img, np.float64)
@@ -202,6 +234,7 @@ def decode(to:Plan, f:IO[bytes]) -> tuple[np.ndarray, int]:
 def reason(e:Exception) -> str:
   if isinstance(e, UnidentifiedImageError): return "not an image of its kind"
   if isinstance(e, OSError) and e.strerror: return e.strerror
+  if "encrypted" in str(e): return "encrypted"
   return re.sub(r" ?\(\d.*\)| ?'.*'", "", str(e).split("\n")[0]) or type(e).__name__  # no sizes, no names
 
 # *** all images ***
@@ -232,6 +265,8 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   kinds = ", ".join(f"{n} of {kind}" for kind, n in source.others.most_common())
   if kinds: left.append(f"{source.others.total()} files of other kinds left out ({kinds})")
   if source.closed: left.append(f"folders that cannot be entered: {', '.join(source.closed)}")
+  if source.lost: left.append(f"{len(source.lost)} links to nowhere left out: {some(source.lost)}")
+  if source.twice: left.append(f"folders left out that are read by another name: {some(source.twice)}")
   if not items: raise ValueError("; ".join([f"{path} holds no images ({', '.join(EXTENSIONS)})", *left]))
   broken:dict[str, list[str]] = {}
   found = list(each(measure, source, items, broken, "measuring"))
@@ -265,8 +300,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   if n := sum(m.frames > 1 for m in of):
     left.append(f"{sum(m.frames - 1 for m in of)} further pages or frames in {n} of the files left out")
   for why, names in broken.items():
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    left.append(f"{len(names)} of {len(items)} images cannot be read, {why}: {', '.join(names[:5])}{more}")
+    left.append(f"{len(names)} of {len(items)} images cannot be read, {why}: {some(names)}")
   again = {"key": ""} if set(broken) & set(map(os.strerror, errno.errorcode)) else {}  # a disk may answer the next time
   return {"train": train, "labels": [item.label for item in kept], "classes": classes, "crc": crcs, "limits": None,
           "span": span if depths else None, "said": said, "left": left} | again

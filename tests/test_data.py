@@ -1,6 +1,6 @@
 """Section 4's set-up: datasets, downloads, folders, archives and arrays of images, batches."""
-import contextlib, gzip, hashlib, http.server, io, json, os, re, resource, subprocess, sys, tarfile, threading
-import tracemalloc, zipfile, zlib
+import contextlib, gzip, hashlib, http.server, io, json, os, re, resource, struct, subprocess, sys, tarfile
+import threading, tracemalloc, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from common import DATA, ROOT, refused
 from files import dataset, images as image_files, mirrors as sites
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tinygrad import Tensor
 
 @pytest.fixture
@@ -332,6 +332,17 @@ def test_every_kind_of_image_looks_as_people_see_it(offline):
   for name, more in (("a.png", {}), ("a.jpg", {"quality": 95}), ("a.tif", {}), ("a.webp", {"lossless": True})):
     x = one(f, wide, name, exif=exif, **more)[0]
     assert x.shape == (12, 8) and np.abs(x - np.arange(224., -1, -32)).max() < 6, name
+  raw, profile, xmp = exif.tobytes(), PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()  # ImageMagick's and Adobe's
+  profile.add_text("Raw profile type exif", f"\nexif\n{len(raw):8d}\n{raw.hex()}\n", zip=True)
+  xmp.add_itxt("XML:com.adobe.xmp", '<r xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"></r>')
+  for late in ({"pnginfo": profile}, {"pnginfo": xmp}, b"eXIf" + raw.removeprefix(b"Exif\0\0")):  # or behind the pixels
+    wide.save(file := io.BytesIO(), "PNG", **late if isinstance(late, dict) else {})
+    chunks = file.getvalue()
+    if isinstance(late, bytes):
+      size, crc = (struct.pack(">I", n) for n in (len(late) - 4, zlib.crc32(late)))
+      chunks = chunks[:-12] + size + late + crc + chunks[-12:]
+    x = one(f, chunks)[0]
+    assert x.shape == (12, 8) and np.abs(x - np.arange(224., -1, -32)).max() < 6, late
 
 def put(path, value=0, size=(8, 8), **how):
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,6 +365,18 @@ def test_classes_splits_and_hidden_files(offline):
   for split in ("train", "test"): assert np.array_equal(data.load(offline / "d", split)[0], x)  # a Path; both splits
   found = data.read(offline / "d")
   assert not found.heldout and found.classes == ["", "a", "b", "c"] and "1 of .txt" in found.about
+  assert "1 links to nowhere left out: nowhere.png" in found.about
+  assert "left out that are read by another name: b/loop" in found.about
+
+def test_what_links_lead_to_and_what_is_no_link_keep_their_names(offline):
+  put(offline / "d/cat/1.png", 1)
+  for name in ("a", "kitty"): (offline / "d" / name).symlink_to("cat")
+  (offline / "d" / "dog").symlink_to(offline / "gone")  # a class on a disk that is not there
+  found = data.read(offline / "d")
+  assert found.classes == ["cat"] and "another name: a, kitty" in found.about and "nowhere left out: dog" in found.about
+  (offline / "gone").mkdir()
+  put(offline / "gone/2.png", 2)
+  assert data.read(offline / "d").classes == ["cat", "dog"]
 
 @pytest.mark.parametrize("held", ["test", "val", "valid", "validation", "Dev"])
 def test_a_folder_beside_train_is_held_out(offline, held):
@@ -377,6 +400,9 @@ def test_a_folder_around_all_is_no_class(offline):
     for file in sorted((offline / "all").rglob("*.png")): z.write(file, file.relative_to(offline))
   found = data.read(offline / "b.zip")
   assert found.heldout and found.classes == ["cat", "dog"] and "1 images outside of train and val" in found.about
+  for path in ("train/all/cat", "train/all/dog", "val/all/dog", "more"): put(offline / "in" / path / "1.png")
+  found = data.read(offline / "in", "test")
+  assert found.classes == ["cat", "dog"] and found.labels.tolist() == [1]
   put(offline / "one" / "cat" / "1.png")
   assert data.read(offline / "one").classes == ["cat"]
   put(offline / "first" / "test" / "1.png")  # test/ without train/ is a class
@@ -432,6 +458,14 @@ def test_archives(offline):
   assert data.read(make_zip(offline / "c.zip", [[name, None] for name in names])).classes == [""]
   found = data.read(make_zip(offline / "w.zip", [[name, word] for name, word in zip(names, ("dog", "cat", "dog"))]))
   assert found.labels.tolist() == [1, 0, 1] and found.classes == ["cat", "dog"]
+  above = data.read(make_zip(offline / "above.zip", names=["../a/1.png", "../b/1.png", "c/1.png"]))
+  assert len(above.images) == 3 and above.classes == ["a", "b", "c"]
+  class Unmarked(zipfile.ZipInfo):  # as most programs write it
+    def _encodeFilenameFlags(self): return self.filename.encode(code), 0
+  for code, classes in (("utf8", ["café", "日本"]), ("cp437", ["café", "zoë"])):
+    with zipfile.ZipFile(offline / f"{code}.zip", "w") as z:
+      for name in classes: z.writestr(Unmarked(f"{name}/1.png"), png(8, 8, 8, bytes(9 * 8)))
+    assert data.read(offline / f"{code}.zip").classes == classes
   found = data.read(make_zip(offline / "backslashes.zip", names=["a\\1.png", "b\\1.png"]))
   assert found.classes == ["a", "b"]
   for labels, words in (([[names[0], 1]], ("2 of 3", "00000/b.png")), ([[n, -1] for n in names], ("whole numbers",)),

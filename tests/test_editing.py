@@ -228,7 +228,7 @@ def test_figure_8_of_ones_own_images(monkeypatch, tmp_path, ddim):
     want = last(SAMPLERS["ddim"](d, unlabelled(command, 1), f32(middle), times, clip=False))
     assert np.abs(shown[0, 6].astype(int) - data.to_uint8(want)[0]).max() <= 1
   else: assert np.abs(between - between[0]).max() > 1         # each x_t has its noise
-  refused(lambda: command("--images a.png --at 6", ["8"]), "two files")
+  refused(lambda: command("--images a.png --at 6", ["8"]), "two images")
   before = open("a.png", "rb").read()
   refused(lambda: command("--images a.png b.png --at 6 --out a.png", ["8"]), "a.png would be written over")
   assert open("a.png", "rb").read() == before

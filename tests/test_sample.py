@@ -34,6 +34,10 @@ def test_samplers_refuse_at_the_call(name):
                                  *["no option 'nothing'"] * (option == "nothing"))
   if name != "ddim": refused(lambda: SAMPLERS[name](d, None, x, 5, eta=0.5), "no option 'eta'")
 
+def test_stdout_and_stderr_may_be_closed():
+  code = "from engine.terminal import run; import sys; run(lambda: print(sys.stdout.isatty(), sys.stderr.isatty()))"
+  assert subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "$0" >&- 2>&-', code], cwd=ROOT).returncode == 0
+
 def test_options_may_be_numbers_of_numpy():
   d, x_T, y = short(4), draw_x_T(2, (1, 2, 2), 0), at_times(1, 2)
   def net(x, t, y): return x * 0.5 + column(y, x) / 4
@@ -317,6 +321,7 @@ def test_wrong_for_this_model(command):
                "--npz q --png q"):
     refused(lambda line=line: command(line), "model would be written over" if "model" in line else "one name")
   refused(lambda: sample.check_places(""), "cannot write")
+  refused(lambda: sample.check_places("/dev/null"), "cannot write /dev/null")
   refused(lambda: command("--n 3 --png q --out q/000002.png"), "q/000002.png would be written over by image 2")
   refused(lambda: command(f"--first {10**20}"), "--first")
   command("--class dog --n 1 --npz a.npz")
