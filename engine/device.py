@@ -70,9 +70,9 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
   os.environ.setdefault("HCQDEV_WAIT_TIMEOUT_MS", "600000")
   missing = ("" if asked else "no GPU was found and ") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
     "apt-get install clang; macOS: xcode-select --install) or set CC to where it is"
+  k = hosts.place()
   os.umask(mask := os.umask(0o22))
   try:
-    k = hosts.place()
     kind = (DEV.device or preferred(k)).split(":")[0]
     device = own(kind, k)
     if not asked and kind == "CL" and compiler and is_processor(device): kind = device = Device["CPU"].device
