@@ -90,7 +90,7 @@ def figure_8(a:argparse.Namespace):
   at = a.at or (m.ddpm.T if a.ddim else (m.ddpm.T + 1) // 2)
   if at > m.ddpm.T: raise ValueError(f"--at {at}: choose 1 to T = {m.ddpm.T}")
   x0 = data.scaled(pairs(a, m))
-  if len(x0) % 2 or not len(x0): raise ValueError("Figure 8 takes two images (--images) for each row")
+  if len(x0) % 2 or not len(x0): raise ValueError("Figure 8 takes two images for each row")
   n, lam = len(x0) // 2, np.linspace(0, 1, 11, dtype=np.float32).reshape(-1, 1, 1, 1)
   eps = normals([stream(a.seed, "latents", i) for i in range(2 * n)], m.shape)
   x_t = m.ddpm.q_sample(Tensor(x0), at, Tensor(eps)).numpy().reshape(n, 2, 1, *m.shape)

@@ -121,8 +121,7 @@ def open_images(a:argparse.Namespace, split:str, path:str, net:UNet,
 
 def image_shape(net:UNet) -> tuple[int, int, int]:
   """(C, H, W) of the network's images."""
-  size = net.config["image_size"]
-  H, W = (size, size) if isinstance(size, int) else size
+  H, W = np.broadcast_to(net.config["image_size"], 2).tolist()
   return net.config["in_channels"], H, W
 
 # *** the command ***
@@ -162,8 +161,9 @@ def check_places(*paths:str|None):
   """OSError for a file that cannot be written: better now than after an hour."""
   for path in (path for path in paths if path is not None):
     there = Path(path).absolute()
-    folder, file = next(f for f in there.parents if f.exists()), there.is_file() or not there.exists()
-    if not (path and file and folder.is_dir() and os.access(folder, os.W_OK)):
+    folder = next(f for f in there.parents if f.exists())
+    file = path and there.exists() == there.is_file()
+    if not (file and folder.is_dir() and os.access(folder, os.W_OK)):
       raise OSError(f"cannot write {path or 'a file without a name'}")
 
 def labels_of(a:argparse.Namespace, classes:int, meta:dict, path:str) -> np.ndarray:
