@@ -40,7 +40,7 @@ class Source:
 
   stamps: what changes if the images do."""
   def __init__(self, path:Path, stack:contextlib.ExitStack):
-    self.path, self.others = path, Counter[str]()
+    self.path, self.others, self.same = path, Counter[str](), 0
     self.closed, self.lost, self.twice = list[str](), list[str](), list[str]()
     self.entries:dict[PurePath, zipfile.ZipInfo] = {}
     if path.is_dir():
@@ -50,7 +50,9 @@ class Source:
       self.stamps = [(PurePath(), path.stat().st_size, path.stat().st_mtime_ns)]
       try: self.archive = stack.enter_context(zipfile.ZipFile(path))
       except Exception as e: raise ValueError(f"{path} cannot be read as a zip file: {reason(e)}") from e
-      self.entries = {entry(e): e for e in self.archive.infolist() if not e.is_dir()}
+      files = [e for e in self.archive.infolist() if not e.is_dir()]
+      self.entries = {entry(e): e for e in files}
+      self.same = len(files) - len(self.entries)
       found = sorted(name for name in self.entries if not any(map(hidden, name.parts)))
     self.tables = [name for name in found if name.name == "dataset.json"]
     self.names = [name for name in found if name.suffix.lower() in EXTENSIONS]
@@ -265,6 +267,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   kinds = ", ".join(f"{n} of {kind}" for kind, n in source.others.most_common())
   if kinds: left.append(f"{source.others.total()} files of other kinds left out ({kinds})")
   if source.closed: left.append(f"folders that cannot be entered: {', '.join(source.closed)}")
+  if source.same: left.append(f"{source.same} files left out whose name a later one in the archive has")
   if source.lost: left.append(f"{len(source.lost)} links to nowhere left out: {some(source.lost)}")
   if source.twice: left.append(f"folders left out that are read by another name: {some(source.twice)}")
   if not items: raise ValueError("; ".join([f"{path} holds no images ({', '.join(EXTENSIONS)})", *left]))

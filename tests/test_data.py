@@ -459,7 +459,9 @@ def test_archives(offline):
   found = data.read(make_zip(offline / "w.zip", [[name, word] for name, word in zip(names, ("dog", "cat", "dog"))]))
   assert found.labels.tolist() == [1, 0, 1] and found.classes == ["cat", "dog"]
   above = data.read(make_zip(offline / "above.zip", names=["../a/1.png", "../b/1.png", "c/1.png"]))
-  assert len(above.images) == 3 and above.classes == ["a", "b", "c"]
+  assert len(above.images) == 3 and above.classes == ["a", "b", "c"] and "left out" not in above.about
+  twice = data.read(make_zip(offline / "twice.zip", names=["../a/1.png", "a/1.png", "b/1.png"]))
+  assert len(twice.images) == 2 and "1 files left out whose name a later one in the archive has" in twice.about
   class Unmarked(zipfile.ZipInfo):  # as most programs write it
     def _encodeFilenameFlags(self): return self.filename.encode(code), 0
   for code, classes in (("utf8", ["café", "日本"]), ("cp437", ["café", "zoë"])):
