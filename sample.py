@@ -162,7 +162,7 @@ def check_places(*paths:str|None):
   for path in (path for path in paths if path is not None):
     there = Path(path).absolute()
     folder = next(f for f in there.parents if f.exists())
-    file = path and there.exists() == there.is_file()
+    file = path and there.exists() == there.is_file()  # it is one, or is not there yet
     if not (file and folder.is_dir() and os.access(folder, os.W_OK)):
       raise OSError(f"cannot write {path or 'a file without a name'}")
 

@@ -70,7 +70,7 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
   os.environ.setdefault("HCQDEV_WAIT_TIMEOUT_MS", "600000")
   missing = ("" if asked else "no GPU was found and ") + "the CPU device needs clang: install it (Debian, Ubuntu: " \
     "apt-get install clang; macOS: xcode-select --install) or set CC to where it is"
-  k = hosts.place()
+  k = hosts.local_rank()
   os.umask(mask := os.umask(0o22))
   try:
     kind = (DEV.device or preferred(k)).split(":")[0]
@@ -81,7 +81,8 @@ def open_device(tf32:bool=False, silent:bool=False) -> str:
     if needed and not shutil.which(needed): raise RuntimeError(f"no compiler was found, not even {needed}")
   except Exception as e:
     if (asked or "CPU").upper().startswith("CPU") and not compiler: raise RuntimeError(missing) from e
-    which = " (a card is chosen by CUDA_VISIBLE_DEVICES=1 with DEV=CUDA, else by DEV=:1+AMD)" * (":" in asked)
+    numbered = asked.partition(":")[2].isdecimal()
+    which = "; a card is chosen by CUDA_VISIBLE_DEVICES=1 with DEV=CUDA, else by DEV=:1+AMD" * numbered
     raise RuntimeError(f"tinygrad cannot open the device DEV={asked} ({reason(e)[:400]}){which}") from e
   finally: os.umask(mask)  # tinygrad's search for cards on the bus sets it to 0
   if not asked: os.environ["DEV"] = kind

@@ -42,7 +42,7 @@ def run(main:Callable[[], None]):
     else: sys.excepthook(type(e), e, e.__traceback__)
     MPI.COMM_WORLD.Abort(1)
 
-def place() -> int:
+def local_rank() -> int:
   """Which of its host's processes this is, from 0."""
   return MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).rank if (MPI := mpi()) else 0
 

@@ -108,8 +108,8 @@ def langevin(ddpm:DDPM, chain:DDPM, inner:int=5, r:float=0.2) -> Moves:
   """Annealed Langevin dynamics, NCSN (Song & Ermon 2019, arXiv:1907.05600), Algorithm 1: `inner` steps at each t.
 
   α_i/2 of NCSN is r (1−ᾱ_t) here. NCSN has r = 0.1 and 100 steps at each of 10 levels of noise; more levels and fewer
-  steps mix better with a larger r. As in NCSN, x is not rescaled between levels, so what the
-  loop yields with t−1 has the noise of t."""
+  steps mix better with a larger r. As in NCSN, x is not rescaled between levels: what the loop
+  yields with t−1 has the noise of t."""
   within("inner", inner, 1, 10**6)
   if inner % 1: raise ValueError(f"inner must be a whole number, not {inner}")
   within("r", r, 1e-9, 1 - 1e-9)

@@ -2,8 +2,8 @@
 
 Nothing in this folder changes a number beyond rounding. It works inside of `scope`, in which captured steps are made:
 outside of it unet.py runs its own operations, and other networks in the same program find tinygrad as it was. (What
-stays, as opencl.py, opening.py and threads.py say, changes nothing for them.) PLAIN=1 leaves all of it out but
-opening.py, threads.py, the processes of workers.py and how compiler.py keeps bfloat16, and everything works without
+stays, as opencl.py, webgpu.py, opening.py and threads.py say, changes nothing for them.) PLAIN=1 leaves all of it out
+but opening.py, threads.py, the processes of workers.py and how compiler.py keeps bfloat16, and everything works without
 this folder. It knows tinygrad alone. Each change to tinygrad's own behaviour is here, with what it gains and what in
 tinygrad would make it unnecessary.
 """
@@ -18,10 +18,13 @@ def plain() -> bool: return os.environ.get("PLAIN", "0") not in ("", "0")
 
 def prepare(device:str):
   """What OpenCL and WebGPU need before their buffers are used; it stays (see opencl.py, webgpu.py)."""
-  if plain() or not device.startswith(("CL", "WEBGPU")): return
-  if device.startswith("CL"): from fast import opencl as more
-  else: from fast import webgpu as more  # type: ignore[no-redef]
-  more.install()
+  if plain(): return
+  if device.startswith("CL"):
+    from fast import opencl
+    opencl.install()
+  if device.startswith("WEBGPU"):
+    from fast import webgpu
+    webgpu.install()
 
 @functools.cache
 def changes(device:str, plainly:bool) -> list[tuple]:

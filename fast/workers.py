@@ -44,7 +44,8 @@ def compiled(f:Callable, tasks:list) -> list[tuple[int, UOp]]:
 
 class Pool:
   """As much of a multiprocessing.Pool as tinygrad uses. A process that dies is an error here, not an endless wait, and
-  a process lives for all kernels instead of 16."""
+  a process lives for all kernels instead of 16. There are as many as PARALLEL says, but no more than a container may
+  use cores."""
   def __init__(self) -> None:
     self.folder:tempfile.TemporaryDirectory|None = None
     with contextlib.suppress(OSError): self.folder = tempfile.TemporaryDirectory()

@@ -1,7 +1,7 @@
 """Folders and archives of images as people have them, read whole and told in words. Other datasets: `files.dataset`."""
 from __future__ import annotations
 import contextlib, errno, functools, hashlib, io, json, math, os, re, stat, warnings, zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -26,8 +26,7 @@ def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:
   if mode and not images: raise ValueError(f"mode {mode} is for files of images: {path} keeps the channels it has")
   with contextlib.ExitStack() as stack:
     source = Source(path, stack) if images else None
-    stamps:Any = path.stat().st_size, path.stat().st_mtime_ns
-    if source: stamps = source.stamps, source.closed, source.lost, source.twice
+    stamps = (source.stamps, dict(source.left)) if source else (path.stat().st_size, path.stat().st_mtime_ns)
     key = hashlib.sha256(repr((FORM, options, stamps)).encode()).hexdigest()
     if source: write = functools.partial(decode_all, source, *options)
     else: write = functools.partial(convert_all, path, size, fit, multiple)
@@ -38,10 +37,9 @@ def read(path:Path, split:str, size:Size|None, fit:str, mode:str|None, multiple:
 class Source:
   """What lies in a folder or an archive: the names of images, the others by suffix, and how to open an image.
 
-  stamps: what changes if the images do."""
+  stamps: what changes if the images do. left: names of what is not read, by the reason."""
   def __init__(self, path:Path, stack:contextlib.ExitStack):
-    self.path, self.others, self.same = path, Counter[str](), 0
-    self.closed, self.lost, self.twice = list[str](), list[str](), list[str]()
+    self.path, self.others, self.left = path, Counter[str](), defaultdict[str, list[str]](list)
     self.entries:dict[PurePath, zipfile.ZipInfo] = {}
     if path.is_dir():
       self.stamps = sorted(self.walk())
@@ -50,9 +48,11 @@ class Source:
       self.stamps = [(PurePath(), path.stat().st_size, path.stat().st_mtime_ns)]
       try: self.archive = stack.enter_context(zipfile.ZipFile(path))
       except Exception as e: raise ValueError(f"{path} cannot be read as a zip file: {reason(e)}") from e
-      files = [e for e in self.archive.infolist() if not e.is_dir()]
-      self.entries = {entry(e): e for e in files}
-      self.same = len(files) - len(self.entries)
+      for info in self.archive.infolist():
+        if info.is_dir(): continue
+        if (name := entry(info)) in self.entries:
+          self.left["files whose name a later one has, left out"].append(str(name))
+        self.entries[name] = info
       found = sorted(name for name in self.entries if not any(map(hidden, name.parts)))
     self.tables = [name for name in found if name.name == "dataset.json"]
     self.names = [name for name in found if name.suffix.lower() in EXTENSIONS]
@@ -60,20 +60,20 @@ class Source:
 
   def walk(self) -> Iterator[tuple[PurePath, int, int]]:
     """Name, size and time of change of the files of a folder and its sub-folders; links are followed, after what is
-    no link. What is not read goes to closed, lost and twice."""
+    no link."""
     seen:set[str] = set()
-    def closed(e:OSError) -> None: self.closed.append(f"{e.filename} ({e.strerror})")
+    def closed(e:OSError): self.left["folders that cannot be entered"].append(f"{e.filename} ({e.strerror})")
     for folder, inner, files in os.walk(self.path, followlinks=True, onerror=closed):
       real, place = os.path.realpath(folder), Path(folder).relative_to(self.path)
       if real in seen:  # a link may lead to what another name has, or back up
-        self.twice.append(str(place))
+        self.left["folders that are read by another name, left out"].append(str(place))
         inner.clear()
         continue
       seen.add(real)
       inner[:] = sorted((d for d in inner if not hidden(d)), key=lambda d: (os.path.islink(os.path.join(folder, d)), d))
       for file in sorted(file for file in files if not hidden(file)):
         try: about = os.stat(os.path.join(folder, file))
-        except OSError: self.lost.append(str(place / file))
+        except OSError: self.left["links to nowhere, left out"].append(str(place / file))
         else:
           if stat.S_ISREG(about.st_mode): yield place / file, about.st_size, about.st_mtime_ns
 
@@ -266,10 +266,7 @@ def decode_all(source:Source, size:Size|None, fit:str, mode:str|None, multiple:i
   path, (items, classes, said, left) = source.path, arrange(source) if source.names else ([], [], [], [])
   kinds = ", ".join(f"{n} of {kind}" for kind, n in source.others.most_common())
   if kinds: left.append(f"{source.others.total()} files of other kinds left out ({kinds})")
-  if source.closed: left.append(f"folders that cannot be entered: {', '.join(source.closed)}")
-  if source.same: left.append(f"{source.same} files left out whose name a later one in the archive has")
-  if source.lost: left.append(f"{len(source.lost)} links to nowhere left out: {some(source.lost)}")
-  if source.twice: left.append(f"folders left out that are read by another name: {some(source.twice)}")
+  left += [f"{what}: {some(names)}" for what, names in source.left.items()]
   if not items: raise ValueError("; ".join([f"{path} holds no images ({', '.join(EXTENSIONS)})", *left]))
   broken:dict[str, list[str]] = {}
   found = list(each(measure, source, items, broken, "measuring"))

@@ -611,6 +611,11 @@ def test_a_containers_share_of_the_processor(text, n, tmp_path):
   (tmp_path/"cpu.max").write_text(text + "\n")
   assert cores.quota(str(tmp_path/"cpu.max")) == n and cores.quota(str(tmp_path/"none")) == 16
 
+def test_no_more_processes_compile_than_a_container_has_cores(monkeypatch):
+  for share, asked, n in ((2, 4, 2), (16, 3, 3)):
+    monkeypatch.setattr(workers, "quota", lambda share=share: share)
+    with helpers.Context(PARALLEL=asked): assert workers.Pool().executor._max_workers == n
+
 # *** OpenCL and WebGPU ***
 
 @pytest.mark.parametrize("device,fewer", (("CL", True), ("WEBGPU:1", True), ("QCOM", False)))
@@ -620,10 +625,10 @@ def test_buffers_are_used_again_when_nothing_needs_them_any_more(device, fewer, 
   r, sink = rng(4), UOp(Ops.SINK)
   held = [UOp.new_buffer(device, 4 + i, dtypes.float32) for i in range(3)]
   made, calls = list(held), []
-  for _ in range(60):
-    read = [made[i] for i in r.integers(max(0, len(made) - 12), len(made), 2)] + [held[0]]
+  for i in range(60):
+    read = [made[j] for j in r.integers(max(0, len(made) - 12), len(made), 2)] + [held[0]]
     kind = r.choice([dtypes.int32, dtypes.float32])
-    written = held[1] if r.random() < 0.1 else UOp.new_buffer(device, int(r.integers(4, 7)), kind)
+    written = held[1] if i in (3, 8) else UOp.new_buffer(device, int(r.integers(4, 7)), kind)
     made.append(written)
     calls.append(UOp(Ops.CALL, src=(sink, written, *read)))
   calls.append(UOp(Ops.CALL, src=(sink, held[2], *made[-3:])))
@@ -643,11 +648,13 @@ def test_a_number_for_webgpu_gets_one_buffer(monkeypatch):
     def create_uniform(self, val): return [val]
   monkeypatch.setattr(webgpu, "Device", SimpleNamespace(get_class={"WEBGPU": WebGpuDevice}.get))
   one, other = WebGpuDevice(), WebGpuDevice()
-  made = []
+  made, kept = [], set()
   for _ in range(2):
     webgpu.install()
+    kept.add(WebGpuDevice.create_uniform)
     made.append([device.create_uniform(v) for device in (one, other) for v in (1, 1.0, float("inf"), 2)])
   assert all(a is b for a, b in zip(*made)) and len(set(map(id, made[0]))) == 8 and made[0][2] == [float("inf")]
+  assert len(kept) == 1
 
 # *** the quick start ***
 

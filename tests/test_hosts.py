@@ -150,7 +150,7 @@ def test_a_process_opens_no_card_but_its_own(me, count, opened, monkeypatch):
       return self[name]
   monkeypatch.delenv("DEV", raising=False)
   monkeypatch.setattr(engine.device, "Device", Devices())
-  monkeypatch.setattr(hosts, "place", lambda: me)
+  monkeypatch.setattr(hosts, "local_rank", lambda: me)
   os.umask(mask := os.umask(0o27))
   with Context(DEV=""):
     assert open_device(silent=True) == DEV.device == opened.split()[-1] and os.environ["DEV"] == "CUDA"
