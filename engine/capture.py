@@ -8,11 +8,12 @@ from tinygrad import Device, Tensor, TinyJit, nn
 from tinygrad.device import Allocator, Buffer
 from tinygrad.engine.jit import JitError, _TinyJit
 from tinygrad.uop.ops import UOp
-try: from fast import copied, prepare, scope
+try: from fast import copied, placed, prepare, scope
 except ImportError:
   scope = contextlib.nullcontext  # type: ignore[assignment]
   def prepare(device:str): pass
   def copied(v:Tensor, device:str) -> Tensor: return v.clone(device).realize()
+  def placed(array:np.ndarray, device:str) -> Tensor: return copied(Tensor(array, device="NPY"), device)
 
 def captured(step:Callable, kept:dict|None=None, key:Hashable=()) -> Callable:
   """step(*tensors) -> tensors, as one TinyJit that its first call captures. Each later call writes its outputs over
@@ -61,11 +62,6 @@ def started(device:str):
   already: one that is made inside of a captured step begins anew in each call."""
   if device not in Tensor._device_seeds: Tensor._next_counter(device, 0)
   Tensor.realize(*Tensor._device_seeds.values(), *Tensor._device_rng_counters.values())
-
-def placed(array:np.ndarray, device:str) -> Tensor:
-  """The array on the device. `Tensor(array).realize()` plans a copy and looks through all tensors that there are, which
-  takes milliseconds where a step may take ten."""
-  return copied(Tensor(np.ascontiguousarray(array), device="NPY"), device)
 
 def inside(flat:Tensor, start:int, shape:tuple[int, ...]) -> Tensor:
   """The part of a flat tensor that begins at `start`, as a buffer of its own within flat's buffer.

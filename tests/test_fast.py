@@ -443,6 +443,28 @@ def test_copies_are_waited_for_before_they_fill_the_hosts_memory(monkeypatch):
     engine.capture.placed(arr(3), Device.DEFAULT)
   assert len(waited) == 2 and max(waited) == 17
 
+@pytest.mark.parametrize("a", [np.array(3.), arr(2, 3).T, np.arange(9, dtype=np.uint8)[::2], np.array([True, False]),
+                               np.broadcast_to(np.float32(2), (3, 4))])
+@pytest.mark.parametrize("card", (False, True))
+def test_a_copy_is_the_same_numbers_in_a_buffer_of_its_own(a, card, monkeypatch):
+  """card: the device copies between its own buffers itself."""
+  allocator, want, moved = Device["CPU"].allocator, np.array(a), []
+  def transfer(dest, src, size, src_dev, dest_dev):
+    assert src_dev is dest_dev is Device["CPU"]
+    moved.append(size)
+    allocator._copyin(dest, allocator._as_buffer(src)[:size])
+  monkeypatch.setattr(allocator, "_transfer", transfer, raising=False)
+  monkeypatch.setattr(allocator, "supports_transfer", card)
+  monkeypatch.setattr(tinygrad.engine.realize, "run_linear", None)  # no graph is planned
+  first = fast.placed(a := a.copy(order="K"), "CPU")
+  a[...] = 0
+  second = fast.copied(first, "CPU")
+  assert moved == [want.nbytes] * card
+  monkeypatch.undo()
+  for t in (first, second): assert t.shape == want.shape and np.array_equal(t.numpy(), want)
+  first.assign((first != first).cast(first.dtype)).realize()
+  assert np.array_equal(second.numpy(), want)
+
 @pytest.mark.parametrize("plain", "01")
 def test_the_weights_of_a_new_network_are_copied(monkeypatch, plain):
   """Arrays on the host, and one that is computed: whatever they are, each has a buffer of its own then."""
