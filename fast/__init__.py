@@ -51,8 +51,8 @@ def placed(array:np.ndarray, device:str) -> Tensor:
   return at_once(Buffer("NPY", array.size, _from_np_dtype(array.dtype), opaque=array), array.shape, device)
 
 def at_once(source:Buffer, shape:tuple[int, ...], device:str) -> Tensor:
-  """A copy of a buffer on the device, made as tinygrad's exec_copy makes it. tinygrad plans a graph for each copy and
-  looks through all tensors that there are: half a millisecond, where a card's whole step of sampling takes one."""
+  """A copy of a buffer on the device, made as tinygrad's exec_copy makes it. Before that, tinygrad makes a graph of each
+  copy, plans it and looks through all tensors that there are: half a millisecond, seven times in a training step."""
   made = Buffer(device, source.size, source.dtype).allocate()
   to = made.allocator
   if made.device.split(":")[0] == source.device.split(":")[0] and hasattr(to, "_transfer") and to.supports_transfer:
