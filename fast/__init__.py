@@ -51,7 +51,7 @@ def placed(array:np.ndarray, device:str) -> Tensor:
   return at_once(Buffer("NPY", array.size, _from_np_dtype(array.dtype), opaque=array), array.shape, device)
 
 def at_once(source:Buffer, shape:tuple[int, ...], device:str) -> Tensor:
-  """A copy of a buffer on the device, made as tinygrad's exec_copy makes it. Before that, tinygrad makes a graph of each
+  """A copy of a buffer on the device, made as tinygrad's exec_copy makes it. Before, tinygrad makes a graph of each
   copy, plans it and looks through all tensors that there are: half a millisecond, seven times in a training step."""
   made = Buffer(device, source.size, source.dtype).allocate()
   to = made.allocator
