@@ -38,7 +38,7 @@ box: setup
 	@$(PY) train.py --dataset mnist --channel-mult 1,4,6 --steps 40000 --ema 0.9995 --times weighted --min-snr 3 $(ARGS) --out runs/box
 	@$(PY) -c "$(HALF)" runs/box/ema.safetensors runs/box/mnist.safetensors
 density: setup
-	@$(PY) train.py --dataset mnist --no-class-conditional --channels 32 --channel-mult 1,2,2 --steps 60000 --lr 1.5e-3 --ema 0.999 \
+	@$(PY) train.py --dataset mnist --no-class-conditional --channels 32 --channel-mult 1,2,2 --steps 50000 --lr 1.5e-3 --ema 0.999 \
 	  --schedule geometric --beta-1 4e-6 --beta-T 0.021 --sigma beta_tilde --times weighted --min-snr 0 --clip-x0 $(ARGS) --out runs/density
 	@$(PY) -c "$(HALF)" runs/density/ema.safetensors runs/density/mnist-density.safetensors
 HALF = import sys, numpy; from files import checkpoint; net, meta = checkpoint.load(sys.argv[1]); \
