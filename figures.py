@@ -109,7 +109,7 @@ def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test i
 def table_2(a:argparse.Namespace):
   """Table 2's rows on a small budget, in bits/dim (the paper's columns are IS and FID)."""
   name, given = a.dataset or "glyphs", {"steps": a.steps, "seed": a.seed, "data-dir": a.data_dir}
-  more = ["--min-snr=0", f"--dtype={a.dtype}", *(f"--{k}={v}" for k, v in given.items() if v)]
+  more = ["--min-snr=0", "--times=uniform", f"--dtype={a.dtype}", *(f"--{k}={v}" for k, v in given.items() if v)]
   rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
   for predict, (loss, sigma) in rows:
     out = f"runs/table2/{Path(name).stem}-{predict}-{loss}-{sigma}"

@@ -71,19 +71,21 @@ class Config:
   dtype:str = flag("float32", "of activations and products", choices=tuple(DTYPES))
   tf32:bool = flag(False, "NVIDIA: products of float32 in TF32, on tensor cores")
   anneal:int = flag(0, "steps over which the learning rate falls to 0 in a line; 0: it does not")
-  times:str = flag("uniform", "weighted: t counts as in L_vlb", choices=("uniform", "weighted"))
+  times:str = flag("uniform", "importance: t drawn where ∇ is large; weighted: counts as in L_vlb",
+                   choices=("uniform", "importance", "weighted"))
   min_snr:float = flag(0.0, "weight the error by min(SNR, GAMMA)/SNR; 0: no", 0, 1e30)
   clip_x0:bool = flag(False, "no error where the clipped x̂_0 is exactly x_0: for likelihood")
   class_conditional:bool = flag(False, "train with labels")
   drop_labels:float = flag(0.1, "probability that an image's label is not shown", 0, 1)
 
 # Defaults by dataset. Images up to 28x28 train in minutes on two cores: the first level is narrow,
-# the network is told labels, min-SNR gives small t less weight, and the learning rate falls to 0.
+# the network is told labels, min-SNR gives small t less weight, t is drawn more often where the
+# gradient is large, and the learning rate falls to 0.
 PRESETS:dict[str, dict] = {"cifar10": dict(flip=True)}
 PRESETS["mnist"] = dict(
   steps=7500, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
   attn=(7,), dropout=0.0, norm_groups=8, warmup=200, save_every=500, sample_every=1500, anneal=7500,
-  min_snr=1.0, class_conditional=True)
+  times="importance", min_snr=1.0, class_conditional=True)
 PRESETS["glyphs"] = PRESETS["mnist"] | dict(
   steps=2500, channel_mult=(1, 4), attn=(8,), anneal=2500, sample_every=500, min_snr=5.0)
 PRESETS["fashion_mnist"] = PRESETS["mnist"] | dict(flip=True)
@@ -178,7 +180,7 @@ def fit(config:Config, images:Any, labels:np.ndarray|None=None, model:Any=None) 
     if begun >= c.steps: return out
     loss, update = make_loss(ddpm, c), make_update(state, c)
     show = make_show(c, ddpm, state, found.images.shape[1:], trained(len(classes), about))
-    chances = objectives.chances(ddpm, c.min_snr)[1] if c.times == "weighted" else None
+    chances = objectives.chances(ddpm, c.min_snr, c.times)[1] if c.times != "uniform" else None
     held_out = objectives.held_out(c, null, how, chances)
     with folder.Record(c, state, loss, held_out, show, about, fixed, begun, smooth) as record:
       def drawn(n:int) -> Batch: return draw(c, found.images, found.labels, null, n, chances)
@@ -234,8 +236,6 @@ def arguments(argv:list[str]|None=None) -> Config:
   source = given.get("dataset", "glyphs")
   preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
   if given.get("init"): preset |= of_checkpoint(preset | given, given)
-  asked, plain = preset | given, dict(predict="eps", loss="simple", times="uniform")
-  if any(asked.get(k, v) != v for k, v in plain.items()): preset["min_snr"] = 0.0
   c = Config(**preset | given)
   return dataclasses.replace(c, **folder.own(c, given))
 

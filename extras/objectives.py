@@ -25,20 +25,27 @@ def vlb_share(ddpm:DDPM) -> np.ndarray:
   share = ddpm.vlb_weight(t) * {"eps": 1, "x0": of_x0, "v": a, "mu": of_x0 / ddpm.mu_x0[1:]**2}[ddpm.predict]
   return np.append(0, share / share.sum())
 
-def chances(ddpm:DDPM, min_snr:float=0) -> tuple[np.ndarray, np.ndarray]:
-  """--times weighted: two distributions over t, (T+1,) each: what each t should count for in the mean loss, and how
-  often it is drawn.
+def chances(ddpm:DDPM, min_snr:float=0, times:str="weighted") -> tuple[np.ndarray, np.ndarray]:
+  """--times weighted and importance: what each t should count for in the mean loss, and how often it is drawn, a
+  distribution: (T+1,) each. min_snr weights the times by `min_snr_weight` as well.
 
-  It is importance sampling. Drawn uniformly, t = 1, with up to half of the bound, would come once in T. Drawn as Eq. 12
-  weights it, of the linear schedule a third of all draws would be times at which nothing of x_0 is left and ε is easy.
-  So where the signal is weaker than the noise, t is drawn √(ᾱ/(1−ᾱ)) times as often, and counts for more when it is.
-  min_snr weights the times by `min_snr_weight` as well, and draws them by its root."""
+  It is importance sampling. weighted: each t counts as in L_vlb. Drawn uniformly, t = 1, with up to half of the bound,
+  would come once in T. Drawn as Eq. 12 weights it, of the linear schedule a third of all draws would be times at which
+  nothing of x_0 is left and ε is easy. So where the signal is weaker than the noise, t is drawn √(ᾱ/(1−ᾱ)) times as
+  often, and counts for more when it is.
+
+  importance: each t counts as when drawn uniformly. The gradient's variance is least where t is drawn in proportion to
+  the root mean square of its gradient: about SNR^¼, measured on MNIST for t from 10 to 1000."""
   snr = ddpm.alpha_bar / (1 - ddpm.alpha_bar).clip(1e-12)
   clear = min_snr_weight(ddpm, min_snr) if min_snr else np.ones(ddpm.T + 1)
-  eps_share = np.append(0, ddpm.vlb_weight(np.arange(1, ddpm.T + 1)))
-  drawn = eps_share * np.sqrt(np.minimum(1, snr) * clear)
-  share = vlb_share(ddpm) * clear
-  return share / share.sum(), drawn / drawn.sum()
+  if times == "importance":
+    share = np.append(0, clear[1:] / ddpm.T)
+    drawn = share * snr**0.25
+  else:
+    share = vlb_share(ddpm) * clear
+    share /= share.sum()
+    drawn = np.append(0, ddpm.vlb_weight(np.arange(1, ddpm.T + 1))) * np.sqrt(np.minimum(1, snr) * clear)
+  return share, drawn / drawn.sum()
 
 def weighted_times(drawn:np.ndarray, n:int, rng:np.random.Generator) -> np.ndarray:
   """n times drawn from the distribution `drawn`, one from each of n equal strata: int32 (n,)."""
@@ -46,10 +53,10 @@ def weighted_times(drawn:np.ndarray, n:int, rng:np.random.Generator) -> np.ndarr
   return rng.permutation(np.searchsorted(drawn.cumsum(), at, "right").clip(1, len(drawn) - 1)).astype(np.int32)
 
 def time_weights(ddpm:DDPM, c) -> Tensor|None:
-  """What the loss of each t is multiplied by, (T+1,), None for 1: with --times weighted the share that it should have
-  over how often it is drawn, else --min-snr's weight."""
-  if c.times == "weighted":
-    share, drawn = chances(ddpm, c.min_snr)
+  """What the loss of each t is multiplied by, (T+1,), None for 1: with --times weighted and importance the share that
+  it should have over how often it is drawn, else --min-snr's weight."""
+  if c.times != "uniform":
+    share, drawn = chances(ddpm, c.min_snr, c.times)
     if c.loss == "vlb": share = np.full(ddpm.T + 1, 1 / ddpm.T)
     return Tensor((share / drawn.clip(1e-12)).astype(np.float32)).realize()
   if c.min_snr: return Tensor(min_snr_weight(ddpm, c.min_snr).astype(np.float32)).realize()
@@ -99,8 +106,8 @@ def check(c):
     raise ValueError(f"--out {c.out} is in the dataset's own folder, where its pictures would become training images")
   if not len(c.channel_mult): raise ValueError("--channel-mult needs one level or more, such as 1,2,2")
   if c.batch % c.accum: raise ValueError(f"--batch {c.batch} is no multiple of --accum {c.accum}")
-  if c.min_snr and (c.predict, c.loss) != ("eps", "simple"):
-    raise ValueError("--min-snr weights L_simple of ε: it goes with --predict eps, --loss simple")
+  if (c.min_snr or c.times == "importance") and (c.predict, c.loss) != ("eps", "simple"):
+    raise ValueError("--min-snr and --times importance are for L_simple of ε: --predict eps, --loss simple")
   if c.sigma == "learned" and c.loss == "simple":
     raise ValueError("--sigma learned needs --loss vlb: L_simple does not depend on the variance")
   if c.schedule == "cosine" and (c.beta_1, c.beta_T) != (1e-4, 0.02):

@@ -184,6 +184,20 @@ def test_weighted_times_measure_the_bound_whatever_is_predicted(predict):
     factors.append((objectives.chances(d)[1][1:] * each)[1:].sum() / bound[1:].sum())  # L_0 is no squared error
   assert factors[0] == pytest.approx(factors[1], rel=1e-3)
 
+@pytest.mark.parametrize("min_snr", (0.0, 2.0))
+def test_importance_lowers_the_variance_of_a_gradient_and_leaves_its_mean(min_snr):
+  """Over t drawn from p the mean of w f is that of min(1, γ/SNR) f over all t. Of gradients whose root mean square is
+  SNR^¼, p is the distribution with the least variance, which is (Σ share SNR^¼)² by Cauchy and Schwarz."""
+  share, p = objectives.chances(d := DDPM(), min_snr, "importance")
+  w = objectives.time_weights(d, Config(times="importance", min_snr=min_snr)).numpy()
+  a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+  counts, large = np.minimum(1, min_snr * (1 - a) / a) if min_snr else np.ones(1000), (a / (1 - a))**0.25
+  assert p.shape == w.shape == (1001,) and p[0] == 0 and p.sum() == pytest.approx(1)
+  close(1000 * p[1:] * w[1:], counts, rtol=1e-5)
+  def second(p): return ((counts / 1000 * large)**2 / p).sum()
+  assert second(p[1:]) == pytest.approx((counts / 1000 * large).sum()**2, rel=1e-9)
+  for other in (np.full(1000, 1e-3), objectives.chances(d, min_snr)[1][1:]): assert second(p[1:]) < 0.8 * second(other)
+
 def test_weights_where_nothing_of_the_image_is_left():
   """ᾱ_t is far below the last digit of 1 − ᾱ_t there: Eq. 7's weight of x_0, by which an answer in μ is divided."""
   d = DDPM(4000, predict="mu")
@@ -275,8 +289,8 @@ def test_every_t_is_trained_and_the_draws_are_independent():
   for other in (t, sample.draw_x_T(len(t), (1, 1, 1), c.seed).numpy().ravel()):
     assert np.abs([np.corrcoef(other, flat[:, j])[0, 1] for j in range(0, 64, 8)]).max() < 5/np.sqrt(len(t))
   assert len({d.eps.tobytes() for d in draws}) == 200
-  drawn = objectives.chances(DDPM(T=20))[1]
-  for n in (1, 2):  # --times weighted: one from each of 64 equal strata
+  for n, times in ((1, "weighted"), (2, "weighted"), (3, "importance")):  # one from each of 64 equal strata
+    drawn = objectives.chances(DDPM(T=20), 1, times)[1]
     assert np.abs(np.bincount(train.draw(c, x, y, 10, n, drawn).t, minlength=21) - 64*drawn).max() < 1 + 1e-6
   assert abs(np.mean([d.y == 10 for d in draws]) - 0.1) < 0.02  # labels dropped
   for p in (0.0, 1.0):
@@ -330,11 +344,15 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
     short, long = ("--dataset", dataset, "--steps", "10"), ("--dataset", dataset, "--steps", str(2*steps))
     assert rate(steps//2 + 1, *short) == rate(steps + 1, *long) == pytest.approx(lr/2) and rate(steps + 1, *short) == 0
     assert rate(steps + 1, *short, "--anneal", "0") == lr
-    # the preset's weights are for L_simple of ε with t drawn evenly, and for nothing else
+    # the preset's weights are for L_simple of ε, not for t counted as in L_vlb; so are its times
     own = train.PRESETS[dataset]["min_snr"]
-    for flags, gamma in (([], own), (["--loss", "vlb"], 0), (["--predict", "x0"], 0), (["--times", "weighted"], 0),
-                         (["--loss", "simple", "--predict", "eps", "--times", "uniform"], own)):
-      assert train.arguments(["--dataset", dataset, *flags]).min_snr == gamma
+    for flags, gamma, times in (
+        ([], own, "importance"), (["--loss", "vlb"], 0, "uniform"), (["--predict", "x0"], 0, "uniform"),
+        (["--times", "weighted"], 0, "weighted"), (["--times", "weighted", "--predict", "v"], 0, "weighted"),
+        (["--min-snr", "3", "--times", "weighted"], 3, "weighted"), (["--min-snr", "0"], 0, "importance"),
+        (["--loss", "simple", "--predict", "eps", "--times", "uniform"], own, "uniform")):
+      c = train.arguments(["--dataset", dataset, *flags])
+      assert (c.min_snr, c.times) == (gamma, times)
   assert rate(10**6, "--dataset", "cifar10") == 2e-4
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
   fit(tmp_path, anneal=9)
@@ -344,7 +362,7 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
   with pytest.raises(ValueError, match="0 from step 10 on.*--change --anneal 10.*--init"): again("--steps", "10")
   fit(tmp_path/"old", anneal=9, min_snr=5.0)  # nor does another preset since then change it
   c = train.arguments(["--out", str(tmp_path/"old"), "--dataset", "mnist"])
-  assert (c.steps, c.anneal, c.min_snr) == (9, 9, 5.0)
+  assert (c.steps, c.anneal, c.min_snr, c.times) == (9, 9, 5.0, "uniform")
   assert train.arguments(["--out", str(tmp_path/"old"), "--min-snr", "2"]).min_snr == 2.0
 
 @pytest.mark.parametrize("flags,match", [
@@ -361,6 +379,7 @@ def test_flags_out_of_range(flags, match):
 @pytest.mark.parametrize("changes,words", [
   ({"accum": 3}, "--accum 3"), ({"accum": 0}, "--accum 0"), ({"channel_mult": ()}, "--channel-mult"),
   ({"min_snr": 5.0, "loss": "vlb"}, "--min-snr"), ({"min_snr": 5.0, "predict": "x0"}, "--min-snr"),
+  ({"times": "importance", "predict": "v"}, "--times importance"), ({"times": "importance", "loss": "vlb"}, "--loss"),
   ({"sigma": "learned"}, "--sigma --loss"), ({"schedule": "cosine", "beta_1": 0.5}, "cosine --beta-1"),
   ({"loss": "mse"}, "--loss simple, mse"), ({"times": "even"}, "--times weighted"), ({"dtype": "float8"}, "--dtype"),
   ({"save_every": 0}, "--save-every"), ({"lr": -1.0}, "--lr"), ({"ema": 2.0}, "--ema"), ({"batch": 0}, "--batch"),
