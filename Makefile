@@ -35,7 +35,7 @@ table2: setup
 
 # Models as the two of checkpoints/, each from scratch by one run that goes on where it stopped, then in half precision.
 box: setup
-	@$(PY) train.py --dataset mnist --channel-mult 1,4,6 --steps 40000 --ema 0.9995 --times weighted --min-snr 3 $(ARGS) --out runs/box
+	@$(PY) train.py --dataset mnist --channel-mult 1,4,6 --steps 40000 --lr 2e-3 --ema 0.9995 --times weighted --min-snr 3 $(ARGS) --out runs/box
 	@$(PY) -c "$(HALF)" runs/box/ema.safetensors runs/box/mnist.safetensors
 density: setup
 	@$(PY) train.py --dataset mnist --no-class-conditional --channels 32 --channel-mult 1,2,2 --steps 50000 --lr 1.5e-3 --ema 0.999 \

@@ -83,7 +83,7 @@ class Config:
 # gradient is large, and the learning rate falls to 0.
 PRESETS:dict[str, dict] = {"cifar10": dict(flip=True)}
 PRESETS["mnist"] = dict(
-  steps=7500, batch=32, lr=2e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
+  steps=7500, batch=32, lr=4e-3, ema=0.998, channels=16, channel_mult=(1, 2, 4), num_res_blocks=1,
   attn=(7,), dropout=0.0, norm_groups=8, warmup=200, save_every=500, sample_every=1500, anneal=7500,
   times="importance", min_snr=1.0, class_conditional=True)
 PRESETS["glyphs"] = PRESETS["mnist"] | dict(
