@@ -109,12 +109,12 @@ def pairs(a:argparse.Namespace, m:Model) -> np.ndarray:  # of --images or test i
 def table_2(a:argparse.Namespace):
   """Table 2's rows on a small budget, in bits/dim (the paper's columns are IS and FID)."""
   name, given = a.dataset or "glyphs", {"steps": a.steps, "seed": a.seed, "data-dir": a.data_dir}
-  more = ["--min-snr=0", "--times=uniform", f"--dtype={a.dtype}", *(f"--{k}={v}" for k, v in given.items() if v)]
+  more = ["--no-class-conditional", "--min-snr=0", "--times=uniform", "--sample-every=0"]
   rows = itertools.product(("mu", "eps"), (("vlb", "learned"), ("vlb", "beta"), ("simple", "beta")))
   for predict, (loss, sigma) in rows:
     out = f"runs/table2/{Path(name).stem}-{predict}-{loss}-{sigma}"
     train.main(["--dataset", name, "--out", out, "--predict", predict, "--loss", loss, "--sigma",
-                sigma, "--no-class-conditional", "--sample-every", "0", *more])
+                sigma, "--dtype", a.dtype, *more, *(f"--{k}={v}" for k, v in given.items() if v)])
     asked = argparse.Namespace(**vars(a) | {"checkpoint": out, "dataset": name, "steps": None})
     value, error = mean_error(measured(asked, 500)[1].total)
     print(f"{predict:>4}  L_{loss:<7}  {sigma:>8}  {value:9.4f} ± {error or math.nan:.4f} bits/dim")

@@ -360,9 +360,10 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
   assert again("--steps", "9") == 9 and again("--steps", "10", "--anneal", "50") == 50
   assert again("--steps", "3000", "--restart") == 3000
   with pytest.raises(ValueError, match="0 from step 10 on.*--change --anneal 10.*--init"): again("--steps", "10")
-  fit(tmp_path/"old", anneal=9, min_snr=5.0)  # nor does another preset since then change it
+  fit(tmp_path/"old", anneal=9, min_snr=5.0, lr=1e-3)  # nor does another preset since then change it
   c = train.arguments(["--out", str(tmp_path/"old"), "--dataset", "mnist"])
-  assert (c.steps, c.anneal, c.min_snr, c.times) == (9, 9, 5.0, "uniform")
+  assert (c.steps, c.anneal, c.min_snr, c.times, c.lr) == (9, 9, 5.0, "uniform", 1e-3)
+  assert train.arguments(["--out", str(tmp_path/"old"), "--dataset", "mnist", "--lr", "0.5"]).lr == 0.5
   assert train.arguments(["--out", str(tmp_path/"old"), "--min-snr", "2"]).min_snr == 2.0
 
 @pytest.mark.parametrize("flags,match", [
