@@ -32,7 +32,7 @@ def chances(ddpm:DDPM, min_snr:float=0, times:str="weighted") -> tuple[np.ndarra
   It is importance sampling. weighted: each t counts as in L_vlb. Drawn uniformly, t = 1, with up to half of the bound,
   would come once in T. Drawn as Eq. 12 weights it, of the linear schedule a third of all draws would be times at which
   nothing of x_0 is left and ε is easy. So where the signal is weaker than the noise, t is drawn √(ᾱ/(1−ᾱ)) times as
-  often, and counts for more when it is.
+  often, and counts for more when it is. Of min_snr's weight it is drawn by the root.
 
   importance: each t counts as when drawn uniformly. The gradient's variance is least where t is drawn in proportion to
   the root mean square of its gradient: about SNR^¼, measured on MNIST for t from 10 to 1000."""
@@ -40,7 +40,7 @@ def chances(ddpm:DDPM, min_snr:float=0, times:str="weighted") -> tuple[np.ndarra
   clear = min_snr_weight(ddpm, min_snr) if min_snr else np.ones(ddpm.T + 1)
   if times == "importance":
     share = np.append(0, clear[1:] / ddpm.T)
-    drawn = share * snr**0.25
+    drawn = share * snr.clip(1e-8)**0.25
   else:
     share = vlb_share(ddpm) * clear
     share /= share.sum()
