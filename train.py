@@ -237,7 +237,7 @@ def arguments(argv:list[str]|None=None) -> Config:
   preset = PRESETS.get(source, OTHERS) | {"out": folder.place(Config.out, source)}
   if given.get("init"): preset |= of_checkpoint(preset | given, given)
   c = Config(**preset | given)
-  return dataclasses.replace(c, **folder.own(c, given))
+  return dataclasses.replace(c, **folder.own(c, given, preset))
 
 def of_checkpoint(c:dict, given:dict) -> dict:
   """The network and the diffusion of --init's checkpoint. Says where the flags `given` differ."""

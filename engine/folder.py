@@ -158,11 +158,12 @@ def origin(out:str|os.PathLike, init:str, restart:bool) -> str:
   last = Path(out, "last.safetensors")
   return str(last) if last.exists() and not restart else checkpoint.find(init)
 
-def own(c, given:dict) -> dict:
+def own(c, given:dict, preset:dict) -> dict:
   """The settings that come before the preset's where no flag (`given`) says them. The preset's min_snr is for L_simple
-  of ε, not for t counted as in L_vlb; its times too are for L_simple of ε. A new run of more steps than the preset's:
-  anneal, the step at which the learning rate reaches 0, is its last. A run that resumes, perhaps begun with an older
-  preset: its own min_snr, times, lr, anneal, and no steps beyond that.
+  of ε, not for t counted as in L_vlb; its times too are for L_simple of ε. Its lr is for its times: where t is drawn
+  otherwise, the gradient has more noise, and half of it is better. A new run of more steps than the preset's: anneal,
+  the step at which the learning rate reaches 0, is its last. A run that resumes, perhaps begun with an older preset:
+  its own min_snr, times, lr, anneal, and no steps beyond that.
 
   ValueError for a flag that asks for such steps: they would change nothing."""
   last, found = Path(c.out, "last.safetensors"), dict[str, Any]()
@@ -171,7 +172,8 @@ def own(c, given:dict) -> dict:
     if getattr(c, key) == plain or key in given: continue
     if (c.predict, c.loss) != ("eps", "simple") or key == "min_snr" and c.times == "weighted": found[key] = plain
     elif was: found[key] = type(plain)(was.get(key, plain))
-  if was and c.anneal and "lr" not in given: found["lr"] = float(was["lr"])
+  if was and c.anneal: found["lr"] = given.get("lr", float(was["lr"]))
+  elif preset.get("times", c.times) != found.get("times", c.times): found["lr"] = given.get("lr", c.lr / 2)
   if not c.anneal or "anneal" in given: return found
   if not was: return found | {"anneal": max(c.anneal, c.steps)}
   end = int(was.get("anneal", 0))

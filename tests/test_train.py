@@ -352,7 +352,8 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
         (["--min-snr", "3", "--times", "weighted"], 3, "weighted"), (["--min-snr", "0"], 0, "importance"),
         (["--loss", "simple", "--predict", "eps", "--times", "uniform"], own, "uniform")):
       c = train.arguments(["--dataset", dataset, *flags])
-      assert (c.min_snr, c.times) == (gamma, times)
+      assert (c.min_snr, c.times, c.lr) == (gamma, times, lr if times == "importance" else lr / 2)
+      assert train.arguments(["--dataset", dataset, *flags, "--lr", "0.5"]).lr == 0.5
   assert rate(10**6, "--dataset", "cifar10") == 2e-4
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
   fit(tmp_path, anneal=9)
