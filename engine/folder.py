@@ -172,8 +172,9 @@ def own(c, given:dict, preset:dict) -> dict:
     if getattr(c, key) == plain or key in given: continue
     if (c.predict, c.loss) != ("eps", "simple") or key == "min_snr" and c.times == "weighted": found[key] = plain
     elif was: found[key] = type(plain)(was.get(key, plain))
-  if was and c.anneal: found["lr"] = given.get("lr", float(was["lr"]))
-  elif preset.get("times", c.times) != found.get("times", c.times): found["lr"] = given.get("lr", c.lr / 2)
+  if "times" in preset and "lr" not in given:
+    if was: found["lr"] = float(was["lr"])
+    elif preset["times"] != found.get("times", c.times): found["lr"] = c.lr / 2
   if not c.anneal or "anneal" in given: return found
   if not was: return found | {"anneal": max(c.anneal, c.steps)}
   end = int(was.get("anneal", 0))

@@ -40,7 +40,7 @@ def chances(ddpm:DDPM, min_snr:float=0, times:str="weighted") -> tuple[np.ndarra
   clear = min_snr_weight(ddpm, min_snr) if min_snr else np.ones(ddpm.T + 1)
   if times == "importance":
     share = np.append(0, clear[1:] / ddpm.T)
-    drawn = share * snr.clip(1e-8)**0.25
+    drawn = share * snr**0.25
   else:
     share = vlb_share(ddpm) * clear
     share /= share.sum()

@@ -197,6 +197,9 @@ def test_importance_lowers_the_variance_of_a_gradient_and_leaves_its_mean(min_sn
   def second(p): return ((counts / 1000 * large)**2 / p).sum()
   assert second(p[1:]) == pytest.approx((counts / 1000 * large).sum()**2, rel=1e-9)
   for other in (np.full(1000, 1e-3), objectives.chances(d, min_snr)[1][1:]): assert second(p[1:]) < 0.8 * second(other)
+  far = DDPM(4000, beta_T=0.04)  # ᾱ_T is 5e-36: no t is left out
+  w = objectives.time_weights(far, Config(T=4000, times="importance")).numpy()
+  close(4000 * objectives.chances(far, 0, "importance")[1][1:] * w[1:], 1, rtol=1e-5)
 
 def test_weights_where_nothing_of_the_image_is_left():
   """ᾱ_t is far below the last digit of 1 − ᾱ_t there: Eq. 7's weight of x_0, by which an answer in μ is divided."""
@@ -364,6 +367,7 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
   fit(tmp_path/"old", anneal=9, min_snr=5.0, lr=1e-3)  # nor does another preset since then change it
   c = train.arguments(["--out", str(tmp_path/"old"), "--dataset", "mnist"])
   assert (c.steps, c.anneal, c.min_snr, c.times, c.lr) == (9, 9, 5.0, "uniform", 1e-3)
+  assert train.arguments(["--out", str(tmp_path/"old"), "--dataset", "mnist", "--anneal", "0"]).lr == 1e-3
   assert train.arguments(["--out", str(tmp_path/"old"), "--dataset", "mnist", "--lr", "0.5"]).lr == 0.5
   assert train.arguments(["--out", str(tmp_path/"old"), "--min-snr", "2"]).min_snr == 2.0
 
