@@ -163,9 +163,9 @@ def own(c, given:dict, preset:dict) -> dict:
   of ε, not for t counted as in L_vlb; its times too are for L_simple of ε. Its lr is for its times: where t is drawn
   otherwise, the gradient has more noise, and half of it is better. A new run of more steps than the preset's: anneal,
   the step at which the learning rate reaches 0, is its last. A run that resumes, perhaps begun with an older preset:
-  its own min_snr, times, lr, anneal, and no steps beyond that.
+  its own min_snr, times, lr, anneal, and no steps beyond that. Of a new run it says what is not the preset's.
 
-  ValueError for a flag that asks for such steps: they would change nothing."""
+  ValueError for a flag that would change nothing, as one that asks for such steps."""
   last, found = Path(c.out, "last.safetensors"), dict[str, Any]()
   was = None if c.restart or not last.exists() else describe(last)["train"]
   for key, plain in (("min_snr", 0.0), ("times", "uniform")):
@@ -175,6 +175,12 @@ def own(c, given:dict, preset:dict) -> dict:
   if "times" in preset and "lr" not in given:
     if was: found["lr"] = float(was["lr"])
     elif preset["times"] != found.get("times", c.times): found["lr"] = c.lr / 2
+  if not was:
+    if c.schedule == "const" and "beta_1" in given: raise ValueError("--schedule const has no use for --beta-1")
+    if "drop_labels" in given and not c.class_conditional: raise ValueError("--drop-labels is for --class-conditional")
+    if found:
+      print("with these flags, instead of the preset's: " + ", ".join(f"--{k.replace('_', '-')} {v}"
+            for k, v in found.items()), file=sys.stderr)
   if not c.anneal or "anneal" in given: return found
   if not was: return found | {"anneal": max(c.anneal, c.steps)}
   end = int(was.get("anneal", 0))

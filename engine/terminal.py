@@ -70,6 +70,8 @@ def stoppable() -> Iterator[list[int]]:
   def ask(signum:int, frame:object):
     asked.append(signum)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(RuntimeError):  # where the signal came amid a line to stderr
+      print("\nstopping after this step (Ctrl-C again: at once, and nothing is saved)", file=sys.stderr)
   main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be set
   before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
   try: yield asked

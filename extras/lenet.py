@@ -130,17 +130,17 @@ def report_nearest(samples:np.ndarray, known:data.Dataset, tests:np.ndarray|None
   there are some that were not trained on. And a picture: the k samples that are nearest of all, with the training image
   that is nearest in pixels and, where there are classes, in LeNet's features; below, how the distances spread."""
   index, distance = nearest(samples, known.images)
+  sets = {"samples": np.sort(distance)}
+  if tests is not None: sets["test images"] = np.sort(nearest(tests, known.images)[1])
+  for name, v in sets.items():
+    about = f"of 255, the median; 1% below {np.quantile(v, 0.01):.2f}, the least {v[0]:.2f}, of {len(v)}"
+    table(**{f"nearest training image, {name}": (np.median(v), about)})
   closest = distance.argsort(kind="stable")[:k]
   rows, names = [samples[closest], known.images[index[closest]]], ["sample", "pixels"]
   if len(known.classes) > 1 and min(samples.shape[2:]) >= 16:
     net = trained(known, 0)
     names.append("LeNet")
     rows.append(known.images[nearest(answers(net, samples[closest])[0], answers(net, known.images)[0])[0]])
-  sets = {"samples": np.sort(distance)}
-  if tests is not None: sets["test images"] = np.sort(nearest(tests, known.images)[1])
-  for name, v in sets.items():
-    about = f"of 255, the median; 1% below {np.quantile(v, 0.01):.2f}, the least {v[0]:.2f}, of {len(v)}"
-    table(**{f"nearest training image, {name}": (np.median(v), about)})
   shares = {name: (v, np.arange(1, len(v) + 1) / len(v)) for name, v in sets.items()}
   top = pictures.grid(np.concatenate(rows), len(closest), row_names=names)
   below = pictures.plot(shares, "Nearest training image", "distance (RMS, of 255)", "share of images within it")

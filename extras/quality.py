@@ -20,7 +20,8 @@ def flags(add:Callable):
   add("--against", nargs="+", default=[], metavar="SET", help="inverted, shifted, or a dataset")
   add("--samples", metavar="FILE.npz", help="only compare these samples with the images")
   add("--lenet", action="store_true", help="--samples by three LeNets, trained on the images' classes (some minutes)")
-  add("--nearest", type=number(int, 1, 64), metavar="K", help="--samples: picture K and the nearest training images")
+  add("--nearest", type=number(int, 1, 64), metavar="K",
+      help="--samples: picture K and the nearest training images, with classes also in a LeNet's features")
 
 # *** outliers ***
 
@@ -65,6 +66,7 @@ def compare_samples(a:argparse.Namespace):
   a: the command line of evaluate.py. Without --dataset the images are those of the checkpoint. With one, --checkpoint
   says how they are read.
   ValueError for samples that are no such images, and for LeNets without classes to learn."""
+  if not Path(a.samples).expanduser().exists(): raise ValueError(f"--samples: there is no {a.samples}")
   made, meta, path = data.read(a.samples), {}, None
   say(a.samples, made)
   if a.checkpoint or a.lenet or a.nearest or not a.dataset: open_device(a.tf32)
@@ -78,7 +80,8 @@ def compare_samples(a:argparse.Namespace):
   samples, images, real = values(made), values(found), values(known)
   if a.n: samples = samples[choose(len(samples), a.n, a.seed, "samples")]
   if samples.shape[1:] != images.shape[1:] or samples.dtype != images.dtype:
-    raise ValueError(f"{a.samples} holds {samples.dtype} {samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
+    raise ValueError(f"--samples takes images of the dataset's type and shape: {a.samples} holds {samples.dtype} "
+                     f"{samples.shape[1:]}, {name} {images.dtype} {images.shape[1:]}")
   apart = a.split == "test" and found.heldout  # from the training images, whose distance then says something
   real = real[choose(len(real), len(samples), a.seed, "other images")]
   if (a.lenet or a.nearest) and found.limits:
@@ -100,7 +103,9 @@ def compare_samples(a:argparse.Namespace):
 
 def beside(samples:str) -> str:
   """Where the picture of --nearest goes."""
-  return str(Path(samples).with_suffix(".nearest.png"))
+  path = Path(samples)
+  if path.is_dir(): return f"{path.resolve()}.nearest.png"
+  return str(path.with_suffix(".nearest.png"))
 
 def values(found:data.Dataset) -> np.ndarray:
   """The images as they were before `data.read` scaled them."""

@@ -522,7 +522,7 @@ def test_samples_that_are_refused(compared, tmp_path, monkeypatch):
   (tmp_path / "no.npz").write_bytes(b"PK\3\4 no zip")
   np.savez(tmp_path / "colour.npz", arr_0=some_images(5, (4, 4, 3)))
   np.savez(tmp_path / "floats.npz", arr_0=rng().random((5, 4, 4, 1)))
-  for name, word in (("pickle", ""), ("no", ""), ("none", "unknown"), ("colour", "(1, 4, 4)"), ("floats", "float")):
+  for name, word in (("pickle", ""), ("no", ""), ("none", "there is no"), ("colour", "(1, 4, 4)"), ("floats", "float")):
     refused(lambda name=name: compared("--samples", f"{name}.npz", "--dataset", "set.npy"), f"{name}.npz", word)
   np.savez(tmp_path / "good.npz", arr_0=some_images(5, (4, 4, 1)))
   monkeypatch.setattr(checkpoint, "load", lambda path, raw=False: (None, {}))
@@ -538,6 +538,9 @@ def test_samples_that_are_refused(compared, tmp_path, monkeypatch):
   inside = "--samples", "photos/good.npz", "--dataset", "photos"
   refused(lambda: compared(*inside, "--json", "photos/dataset.json"), "photos/dataset.json would lie among the images")
   refused(lambda: compared(*inside, "--nearest", 2), "photos/good.nearest.png would lie among the images of photos")
+  (tmp_path / "v1.5").mkdir()  # of a folder, the picture is beside it, under its whole name
+  assert quality.beside(str(tmp_path / "v1.5")) == quality.beside(f"{tmp_path}/v1.5/../v1.5/") == \
+    str(tmp_path / "v1.5.nearest.png")
   assert sorted(f.name for f in (tmp_path / "photos").iterdir()) == ["a.png", "good.npz"]
   (tmp_path / "c.safetensors").touch()
   refused(lambda: compared(*good, "--checkpoint", "c.safetensors", "--json", "c.safetensors"), "written over")

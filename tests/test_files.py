@@ -154,6 +154,19 @@ def test_make_shows_nothing_that_a_user_cannot_act_on():
   assert installs and all(" -qq " in line for line in installs)
   assert any("POCL_EXTRA_BUILD_FLAGS=-w" in line and line.endswith("-k eq7") for line in lines)
 
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+@pytest.mark.parametrize("target, name", (("box", "mnist"), ("density", "mnist-density")))
+def test_make_takes_a_models_folder_by_out_alone(target, name):
+  env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+  def make(*more):
+    return subprocess.run(["make", "-n", target, *more], cwd=ROOT, env=env, capture_output=True, text=True)
+  for folder, more in ((f"runs/{target}", ()), ("my runs/b", ("OUT=my runs/b", "ARGS=--steps 3"))):
+    *_, train, half = make(*more).stdout.splitlines()
+    assert train.endswith(f'{" --steps 3" * bool(more)} --out "{folder}"') and f'"{folder}/{name}.safetensors"' in half
+  for said in ("--out x", "--out=x"):
+    r = make(f"ARGS=--restart {said}")  # which would begin runs/… anew
+    assert r.returncode and "OUT=" in r.stderr and "train.py" not in r.stdout, (r.stdout, r.stderr)
+
 # *** checkpoints ***
 
 def test_checkpoint_round_trip_and_refusals(tmp_path):

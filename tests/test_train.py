@@ -340,7 +340,7 @@ def test_defaults_are_the_papers_and_presets_know_better():
   assert (c.out, c.image_size, c.channel_mult, c.flip, c.batch) == ("runs/folder", (8, 16), (1, 3), False, 32)
   assert train.arguments(["--image-size", "24"]).image_size == 24
 
-def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_run(tmp_path):
+def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_run(tmp_path, capsys):
   rate = lambda n, *flags: train.rates(train.arguments(["--out", str(tmp_path/"new"), *flags]), n)[0]
   for dataset in ("mnist", "glyphs", "fashion_mnist"):
     steps, lr = [train.PRESETS[dataset][k] for k in ("steps", "lr")]
@@ -354,8 +354,13 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
         (["--times", "weighted"], 0, "weighted"), (["--times", "weighted", "--predict", "v"], 0, "weighted"),
         (["--min-snr", "3", "--times", "weighted"], 3, "weighted"), (["--min-snr", "0"], 0, "importance"),
         (["--loss", "simple", "--predict", "eps", "--times", "uniform"], own, "uniform")):
+      capsys.readouterr()
       c = train.arguments(["--dataset", dataset, *flags])
       assert (c.min_snr, c.times, c.lr) == (gamma, times, lr if times == "importance" else lr / 2)
+      said, preset = capsys.readouterr().err, train.PRESETS[dataset]
+      for key in ("min_snr", "times", "lr"):  # what neither the preset nor a flag says is said
+        told = getattr(c, key) != preset[key] and (flag := f"--{key.replace('_', '-')}") not in flags
+        assert (f"{flag} {getattr(c, key)}" in said if told else f"--{key.replace('_', '-')}" not in said), said
       assert train.arguments(["--dataset", dataset, *flags, "--lr", "0.5"]).lr == 0.5
   assert rate(10**6, "--dataset", "cifar10") == 2e-4
   # a run knows its own, whatever --steps is when it goes on; beyond its end it would learn nothing
@@ -377,7 +382,9 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_the_preset_or_of_a_longer_ru
   (["--channel-mult", "0,1"], "--channel-mult"), (["--min-snr", "-1"], "--min-snr"), (["--clip", "-1"], "--clip"),
   (["--drop-labels", "1.1"], "--drop-labels"), (["--image-size", "0"], "--image-size"), (["--nonsense"], "--nonsense"),
   (["--image-size", "8x8x8"], "--image-size"), (["--fit", "squeeze"], "--fit"), (["--step", "5"], "--step"),
-  (["--seed", "-1"], "--seed"), (["--seed", str(2**31)], "--seed"), (["--predict", "y"], "--predict.*'y'")])
+  (["--seed", "-1"], "--seed"), (["--seed", str(2**31)], "--seed"), (["--predict", "y"], "--predict.*'y'"),
+  (["--schedule", "const", "--beta-1", "0.001"], "const has no use for --beta-1"),
+  (["--dataset", "cifar10", "--drop-labels", "0.5"], "--drop-labels is for --class-conditional")])
 def test_flags_out_of_range(flags, match):
   with pytest.raises(ValueError, match=match) as no: train.arguments([*SMALL, *flags])
   assert "\n" not in str(no.value)
@@ -706,7 +713,7 @@ def test_killed_and_interrupted_runs_end_with_the_same_bytes(tmp_path, start):
     p.send_signal(how)
     says = p.communicate()[1]
     if how == signal.SIGINT:  # Ctrl-C saves the step it is at
-      assert p.returncode == 130 and "run the same command again" in says, says
+      assert p.returncode == 130 and "stopping after this step" in says and "run the same command again" in says, says
       assert saved_step(stopped) == len(losses(stopped)) < 400
     else: assert p.returncode == -how and saved_step(stopped) >= 20
   (stopped/".0123456789abcdef.tmp").write_bytes(b"what a killed run left")
