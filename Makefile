@@ -42,8 +42,9 @@ box: setup
 	@$(PY) train.py --dataset mnist --channel-mult 1,4,6 --steps 40000 --lr 2e-3 --ema 0.9995 --times weighted --min-snr 3 $(GIVEN)
 	@$(PY) -c "$(HALF)" "$(OUT)/ema.safetensors" "$(OUT)/mnist.safetensors"
 density: setup
-	@$(PY) train.py --dataset mnist --no-class-conditional --channels 32 --channel-mult 1,2,2 --steps 50000 --lr 1.5e-3 --ema 0.999 \
-	  --schedule geometric --beta-1 4e-6 --beta-T 0.021 --sigma beta_tilde --times weighted --min-snr 0 --clip-x0 $(GIVEN)
+	@$(PY) train.py --dataset mnist --no-class-conditional --channels 32 --channel-mult 1,2,2 --steps 36000 --anneal 50000 \
+	  --lr 1.5e-3 --ema 0.999 --schedule geometric --beta-1 4e-6 --beta-T 0.021 --sigma beta_tilde \
+	  --times weighted --min-snr 0 --clip-x0 $(GIVEN)
 	@$(PY) -c "$(HALF)" "$(OUT)/ema.safetensors" "$(OUT)/mnist-density.safetensors"
 HALF = import sys, numpy; from files import checkpoint; net, meta = checkpoint.load(sys.argv[1]); \
   checkpoint.save(sys.argv[2], net, meta, numpy.float16); print('done:', sys.argv[2])
