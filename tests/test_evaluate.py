@@ -579,6 +579,14 @@ def test_nearest_images():
   moved = known[index].astype(np.float32) + np.array([3, 0, 4, 0], np.float32)
   close(lenet.nearest(moved, known), (index, np.full(700, 2.5)), rtol=1e-5)  # √((9 + 16) / 4)
 
+def test_distances_are_printed_before_a_lenet_is_trained(monkeypatch, capsys, tmp_path):
+  def stopped(*_): raise KeyboardInterrupt
+  monkeypatch.setattr(lenet, "trained", stopped)
+  x = some_images(20, (1, 16, 16))
+  with pytest.raises(KeyboardInterrupt):
+    lenet.report_nearest(x[:4], data.read(x, labels=np.arange(20) % 2), x[:3], 2, str(tmp_path / "a.png"))
+  assert re.findall(r"image, (\w+).* 0\.0", capsys.readouterr().out) == ["samples", "test"]
+
 @pytest.mark.slow
 def test_lenet_and_nearest_at_the_terminal(compared, tmp_path, monkeypatch):
   """Two classes, dark and bright; the samples are ten training images. LeNets are kept: a second run trains none."""
